@@ -1,0 +1,1 @@
+"""Vision Mamba (Vim) backbones for timm."""

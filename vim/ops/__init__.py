@@ -1,0 +1,19 @@
+"""Numerical ops, channels-last: (B, L, D) in, (B, L, D) out."""
+
+from ._dispatch import BACKENDS, SlowBackendWarning
+from .add_norm import add_norm, add_norm_reference
+from .causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_update
+from .selective_scan import selective_scan, selective_scan_reference, selective_state_update
+
+__all__ = [
+    "BACKENDS",
+    "SlowBackendWarning",
+    "add_norm",
+    "add_norm_reference",
+    "causal_conv1d",
+    "causal_conv1d_reference",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_state_update",
+]
