@@ -33,9 +33,7 @@ def pack_gradients(
 def fake_gradients(inputs: Sequence[Tensor | None]) -> list[Tensor]:
     """Return what `pack_gradients` returns, without values."""
     device = next(x.device for x in inputs if x is not None)
-    return [
-        torch.empty(0, device=device) if x is None else x.new_empty(x.shape) for x in inputs
-    ]
+    return [torch.empty(0, device=device) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
 def unpack_gradients(

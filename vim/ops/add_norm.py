@@ -154,9 +154,7 @@ def _check(x, residual, weight, bias, eps, kind, residual_dtype):
     for name in ("weight", "bias"):
         tensor = named[name]
         if tensor is not None and tuple(tensor.shape) != (x.shape[-1],):
-            raise ValueError(
-                f"{name} must be (D,) = ({x.shape[-1]},), got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must be (D,) = ({x.shape[-1]},), got {tuple(tensor.shape)}")
     if kind not in ("rms", "layer"):
         raise ValueError(f"kind must be 'rms' or 'layer', got {kind!r}")
     if eps < 0:

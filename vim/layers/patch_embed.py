@@ -1,0 +1,181 @@
+"""Images to patch tokens, with patches that may overlap."""
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed, to_2tuple
+from torch import Tensor, nn
+
+__all__ = ["PatchEmbed"]
+
+torch.fx.wrap("_checked")  # symbolic tracing keeps the call, whose answer depends on the image
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens: (B, C, H, W) -> (B, H' * W', D), row by row.
+
+    Like timm's layer of this name, with a stride of its own: H' = (H - patch) / stride + 1.
+
+    Args:
+        img_size: side, or (height, width), in pixels.
+        patch_size: side or (height, width) of a patch.
+        patch_stride: distance of neighbouring patches; None is the patch size, no overlap.
+        in_chans: C channels of the image.
+        embed_dim: D features.
+        strict_img_size: whether only images of `img_size` are taken.
+        dynamic_img_pad: whether an image that patches do not cover exactly is padded with zeros
+            at the bottom and the right.
+
+    Raises:
+        ValueError: at construction or on the image's size, saying what would fit.
+        TypeError: an image that is not floating point.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        patch_stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.patch_stride = to_2tuple(patch_stride or patch_size)
+        self.in_chans = in_chans
+        self.strict_img_size = strict_img_size
+        self.dynamic_img_pad = dynamic_img_pad
+        self._set_img_size(img_size)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype
+        )
+
+    def _set_img_size(self, img_size: int | tuple[int, int]) -> None:
+        self.img_size = to_2tuple(img_size)
+        _check_size(*self.img_size, self.patch_size, self.patch_stride, self.dynamic_img_pad)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        patch_stride: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the size of images, patches or strides, resampling the projection's weights.
+
+        A new patch size brings an equal stride unless one is given, where patches did not overlap.
+        """
+        overlaps = self.patch_stride != self.patch_size
+        patch_size = to_2tuple(patch_size or self.patch_size)
+        if patch_stride is None:
+            patch_stride = self.patch_stride if overlaps else patch_size
+        old = self.proj
+        weight = old.weight
+        if patch_size != self.patch_size:
+            weight = resample_patch_embed(weight.detach(), list(patch_size))
+        self.patch_size, self.patch_stride = patch_size, to_2tuple(patch_stride)
+        self._set_img_size(img_size or self.img_size)
+        self.proj = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            self.patch_size,
+            self.patch_stride,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.proj.weight = nn.Parameter(weight.detach(), old.weight.requires_grad)
+        self.proj.bias = old.bias
+        self.proj.train(old.training)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Return the distance of neighbouring tokens in pixels."""
+        return max(self.patch_stride) if as_scalar else self.patch_stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the grid (H', W') of an image of this size, padding included."""
+        height = img_size[0] - self.patch_size[0]
+        width = img_size[1] - self.patch_size[1]
+        if self.dynamic_img_pad:
+            height = height + self.patch_stride[0] - 1
+            width = width + self.patch_stride[1] - 1
+        return height // self.patch_stride[0] + 1, width // self.patch_stride[1] + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _checked(
+            x,
+            self.in_chans,
+            self.img_size,
+            self.patch_size,
+            self.patch_stride,
+            self.strict_img_size,
+            self.dynamic_img_pad,
+        )
+        if self.dynamic_img_pad:
+            rows, columns = self.dynamic_feat_size((x.shape[2], x.shape[3]))
+            bottom = (rows - 1) * self.patch_stride[0] + self.patch_size[0] - x.shape[2]
+            right = (columns - 1) * self.patch_stride[1] + self.patch_size[1] - x.shape[3]
+            x = F.pad(x, (0, right, 0, bottom))
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def _checked(
+    x: Tensor,
+    in_chans: int,
+    img_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    patch_stride: tuple[int, int],
+    strict: bool,
+    pad: bool,
+) -> Tensor:
+    """Return the image, or raise where the model cannot take it."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"images must be floating point, got {x.dtype}: scale to [0, 1] and normalise, "
+            "as timm.data.create_transform does"
+        )
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"images must be (B, C, H, W) with C = {in_chans}, got {list(x.shape)}: convert them, "
+            "or build the model with in_chans=C"
+        )
+    height, width = x.shape[2], x.shape[3]
+    if strict and (height != img_size[0] or width != img_size[1]):
+        raise ValueError(
+            f"the image is {height}x{width}, the model takes {img_size[0]}x{img_size[1]}: resize "
+            "the image, call set_input_size, or build the model with img_size=(H, W) or "
+            "dynamic_img_size=True"
+        )
+    _check_size(height, width, patch_size, patch_stride, pad)
+    return x
+
+
+def _check_size(
+    height: int,
+    width: int,
+    patch_size: tuple[int, int],
+    patch_stride: tuple[int, int],
+    pad: bool,
+) -> None:
+    """Raise where patches do not cover an image of this size exactly."""
+    if height < patch_size[0] or width < patch_size[1]:
+        if not pad or height < 1 or width < 1:
+            raise ValueError(
+                f"the image size {height}x{width} is smaller than a patch of "
+                f"{patch_size[0]}x{patch_size[1]}: use larger images or a smaller patch_size"
+            )
+    elif not pad:
+        rest = (height - patch_size[0]) % patch_stride[0]
+        rest_width = (width - patch_size[1]) % patch_stride[1]
+        if rest != 0 or rest_width != 0:
+            raise ValueError(
+                f"patches of {patch_size[0]}x{patch_size[1]} with stride "
+                f"{patch_stride[0]}x{patch_stride[1]} do not cover an image size of "
+                f"{height}x{width} exactly: resize to {height - rest}x{width - rest_width}, or "
+                "build the model with dynamic_img_size=True and dynamic_img_pad=True"
+            )
