@@ -1,7 +1,7 @@
 """The residual block of Vim."""
 
-from torch import Tensor, nn
 from timm.layers import DropPath
+from torch import Tensor, nn
 
 from .add_norm import AddNorm
 

@@ -1,6 +1,21 @@
 """Whole backbones, registered with timm when imported."""
 
-from ._checkpoint import load_checkpoint
+from ._checkpoint import (
+    is_official,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    to_native,
+    to_official,
+)
 from .vision_mamba import VisionMamba
 
-__all__ = ["VisionMamba", "load_checkpoint"]
+__all__ = [
+    "VisionMamba",
+    "is_official",
+    "load_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+    "to_native",
+    "to_official",
+]

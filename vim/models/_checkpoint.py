@@ -19,8 +19,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from vim.layers import TokenOrder
+
 __all__ = [
     "checkpoint_filter_fn",
+    "is_official",
     "load_checkpoint",
     "load_state_dict_pre_hook",
     "read_checkpoint",
@@ -141,8 +144,14 @@ def is_official(state_dict: dict[str, Tensor]) -> bool:
     return any(_OFFICIAL_BLOCK.match(key) for key in state_dict)
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights of the authors' layout in the layout of `model`, a `VisionMamba`.
+def to_native(
+    state_dict: dict[str, Tensor], cls_token_position: str = "middle"
+) -> dict[str, Tensor]:
+    """Return weights of the authors' layout in that of `VisionMamba`.
+
+    Args:
+        state_dict: the weights.
+        cls_token_position: that of the model, which no file tells; see `vim.layers.TokenOrder`.
 
     Raises:
         ValueError: the file is of a model that this is not (the first version of Vim, with rotary
@@ -169,12 +178,14 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
         pair = out.pop("cls_token_head"), out.pop("cls_token_tail")
         out["cls_token"] = torch.cat(pair, dim=1)
     if "pos_embed" in out:
-        out["pos_embed"] = _cls_order(model).separate(out["pos_embed"])
+        out["pos_embed"] = TokenOrder(cls_token_position).separate(out["pos_embed"])
     return out
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of `model`, a `VisionMamba`, in the authors' layout: undo `to_native`.
+def to_official(
+    state_dict: dict[str, Tensor], cls_token_position: str = "middle"
+) -> dict[str, Tensor]:
+    """Return weights of a `VisionMamba` in the authors' layout: undo `to_native`.
 
     Raises:
         ValueError: the model has what the authors' code has not, such as registers.
@@ -197,18 +208,10 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     if "cls_token" in out and out["cls_token"].shape[1] == 2:
         out["cls_token_head"], out["cls_token_tail"] = out.pop("cls_token").split(1, dim=1)
     if "pos_embed" in out:
-        prefix = model.num_embedded_cls_tokens
-        pos_embed = out["pos_embed"]
-        out["pos_embed"] = _cls_order(model).interleave(
-            pos_embed[:, :prefix], pos_embed[:, prefix:]
-        )
+        order = TokenOrder(cls_token_position)
+        cls, patches = out["pos_embed"].tensor_split([order.num_cls_tokens], dim=1)
+        out["pos_embed"] = order.interleave(cls, patches)
     return out
-
-
-def _cls_order(model: nn.Module) -> nn.Module:
-    """Return the order in which the authors' files hold position embeddings: no registers."""
-    position = model.cls_token_position if model.num_embedded_cls_tokens else "none"
-    return type(model.token_order)(position)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
@@ -233,7 +236,10 @@ def _adapted(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
             + (f" and {len(broken) - 8} others" if len(broken) > 8 else "")
             + ": use another one, or see where its training diverged"
         )
-    out = to_native(state_dict, model) if is_official(state_dict) else dict(state_dict)
+    out = dict(state_dict)
+    if is_official(state_dict):
+        embedded = model.num_embedded_cls_tokens > 0
+        out = to_native(state_dict, model.cls_token_position if embedded else "none")
     pos_embed = out.get("pos_embed")
     if pos_embed is not None and model.pos_embed is not None:
         prefix = model.num_embedded_cls_tokens
@@ -295,4 +301,5 @@ def _mismatch(key: str, given: Tensor, expected: Tensor) -> str:
             f"build the model with in_chans={given.shape[1]}, or use create_model(..., "
             "pretrained=True, pretrained_cfg_overlay=dict(file=...)), which adapts the channels"
         )
-    return f"{key}: the checkpoint has {tuple(given.shape)}, the model {tuple(expected.shape)}: {remedy}."
+    shapes = f"the checkpoint has {tuple(given.shape)}, the model {tuple(expected.shape)}"
+    return f"{key}: {shapes}: {remedy}."

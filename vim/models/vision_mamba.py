@@ -281,7 +281,7 @@ class VisionMamba(nn.Module):
         patch_size: int | tuple[int, int] | None = None,
         patch_stride: int | tuple[int, int] | None = None,
     ) -> None:
-        """Change the size of images, patches or strides; weights that depend on it are resampled."""
+        """Change the size of images, patches or strides, resampling what depends on it."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size, patch_size, patch_stride)
         if self.pos_embed is not None:

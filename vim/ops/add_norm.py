@@ -259,10 +259,7 @@ def _autograd(ctx, dnormed, dnew_residual, drstd):
     )
     if dresidual.numel() == 0:
         dresidual = dx
-    if ctx.residual_dtype is None:
-        dresidual = None
-    else:
-        dresidual = dresidual.to(ctx.residual_dtype)
+    dresidual = None if ctx.residual_dtype is None else dresidual.to(ctx.residual_dtype)
     dbias = None if bias is None else dbias
     return dx, dresidual, dweight, dbias, None, None, None, None
 

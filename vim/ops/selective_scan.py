@@ -333,7 +333,8 @@ def _check(u, dt, A, B, C, D, z, dt_bias, initial_state):
         groups = B.shape[2]
         if groups == 0 or channels % groups:
             raise ValueError(
-                f"the groups of B must divide the channels of u: {groups} groups, {channels} channels"
+                f"the groups of B must divide the channels of u, got {groups} groups for "
+                f"{channels} channels"
             )
         expect("B", "(B, L, G, N)", (batch, length, groups, state))
         expect("C", "the shape of B", tuple(B.shape))
