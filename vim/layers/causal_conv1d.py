@@ -16,7 +16,6 @@ class CausalConv1d(nn.Module):
     Args:
         dim: D channels.
         width: K taps.
-        bias: whether there is one.
         reverse: whether the past of a token is what comes after it.
     """
 
@@ -24,7 +23,6 @@ class CausalConv1d(nn.Module):
         self,
         dim: int,
         width: int = 4,
-        bias: bool = True,
         reverse: bool = False,
         device=None,
         dtype=None,
@@ -32,14 +30,13 @@ class CausalConv1d(nn.Module):
         super().__init__()
         self.reverse = reverse
         self.weight = nn.Parameter(torch.empty(dim, width, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.weight.shape[1])  # as nn.Conv1d with one channel a group
         nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.vim.causal_conv1d(

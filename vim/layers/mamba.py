@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vim.ops import bidirectional_mixer
 from vim.ops.selective_scan import scriptable_selective_scan
 
 from .causal_conv1d import CausalConv1d
@@ -32,7 +33,6 @@ class MambaBranch(nn.Module):
         d_conv: width of the convolution.
         dt_rank: R, the rank of the projection that makes the step size.
         reverse: whether to scan from the last token to the first.
-        conv_bias: whether the convolution has a bias.
         dt_min, dt_max, dt_init_floor: the step sizes start log-uniform in [dt_min, dt_max], and
             not under the floor.
     """
@@ -45,7 +45,6 @@ class MambaBranch(nn.Module):
         dt_rank: int,
         *,
         reverse: bool = False,
-        conv_bias: bool = True,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         dt_init_floor: float = 1e-4,
@@ -58,7 +57,7 @@ class MambaBranch(nn.Module):
         self.reverse = reverse
         self.dt_range = (dt_min, dt_max, dt_init_floor)
         self.split_sizes = [dt_rank, d_state, d_state]
-        self.conv1d = CausalConv1d(d_inner, d_conv, conv_bias, reverse, **dd)
+        self.conv1d = CausalConv1d(d_inner, d_conv, reverse, **dd)
         self.x_proj = nn.Linear(d_inner, sum(self.split_sizes), bias=False, **dd)
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=False, **dd)
         self.dt_bias = nn.Parameter(torch.empty(d_inner, **fp32))
@@ -91,6 +90,18 @@ class MambaBranch(nn.Module):
             u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, reverse=self.reverse
         )[0]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of this direction as `bidirectional_mixer` takes them."""
+        return [
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+        ]
+
     def extra_repr(self) -> str:
         return f"reverse={self.reverse}"
 
@@ -121,7 +132,6 @@ class BidirectionalMamba(nn.Module):
         norm_after_scan: whether LayerNorm stands between the merge and the output projection,
             which steadies large models, as in FastVim (Kapse et al. 2025).
         bias: whether the input and output projections have one.
-        conv_bias: whether the convolutions have one.
     """
 
     def __init__(
@@ -134,7 +144,6 @@ class BidirectionalMamba(nn.Module):
         merge: str = "mean",
         norm_after_scan: bool = False,
         bias: bool = False,
-        conv_bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -147,12 +156,16 @@ class BidirectionalMamba(nn.Module):
         branch = (d_inner, d_state, d_conv, rank)
         self.merge_scale = 0.5 if merge == "mean" else 1.0
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=bias, **dd)
-        self.forward_branch = MambaBranch(*branch, conv_bias=conv_bias, **dd)
-        self.backward_branch = MambaBranch(*branch, reverse=True, conv_bias=conv_bias, **dd)
+        self.forward_branch = MambaBranch(*branch, **dd)
+        self.backward_branch = MambaBranch(*branch, reverse=True, **dd)
         self.norm = nn.LayerNorm(d_inner, **dd) if norm_after_scan else nn.Identity()
         self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.forward_branch(x, z) + self.backward_branch(x, z)
-        return self.out_proj(self.norm(y * self.merge_scale))
+        y = bidirectional_mixer(
+            self.in_proj(x),
+            self.forward_branch.tensors(),
+            self.backward_branch.tensors(),
+            self.merge_scale,
+        )
+        return self.out_proj(self.norm(y))

@@ -2,6 +2,7 @@
 
 from ._dispatch import BACKENDS, SlowBackendWarning
 from .add_norm import add_norm, add_norm_reference
+from .bidirectional_mixer import bidirectional_mixer, bidirectional_mixer_reference
 from .causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_update
 from .selective_scan import selective_scan, selective_scan_reference, selective_state_update
 
@@ -10,6 +11,8 @@ __all__ = [
     "SlowBackendWarning",
     "add_norm",
     "add_norm_reference",
+    "bidirectional_mixer",
+    "bidirectional_mixer_reference",
     "causal_conv1d",
     "causal_conv1d_reference",
     "causal_conv1d_update",

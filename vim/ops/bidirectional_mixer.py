@@ -1,0 +1,219 @@
+"""What stands between the projections of Vim's mixer, in one op: both convolutions and scans.
+
+Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, K d_conv.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._autograd import needs_grad
+from ._dispatch import resolve_backend
+from ._mixer_composition import MixerComposition
+from .causal_conv1d import _REFERENCE as _CONV_REFERENCE
+from .causal_conv1d import causal_conv1d_reference
+from .selective_scan import _REFERENCE as _SCAN_REFERENCE
+from .selective_scan import selective_scan_reference
+
+__all__ = ["bidirectional_mixer", "bidirectional_mixer_reference"]
+
+torch.fx.wrap("needs_grad")  # symbolic tracing keeps the call, whose answer depends on the tensors
+
+BRANCH = ("conv_weight", "conv_bias", "x_proj_weight", "dt_proj_weight", "dt_bias", "A_log", "D")
+"""The tensors of one direction, in the order in which the op takes them."""
+
+
+def bidirectional_mixer(
+    xz: Tensor,
+    forward_branch: list[Tensor],
+    backward_branch: list[Tensor],
+    merge_scale: float = 0.5,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the gated, merged output of a scan in each direction.
+
+    For each direction, the backward one from the last token to the first::
+
+        u        = silu(causal_conv1d(x, conv_weight, conv_bias))
+        dt, B, C = u @ x_proj_weight^T, split
+        y        = selective_scan(u, dt @ dt_proj_weight^T, -exp(A_log), B, C, D, dt_bias=dt_bias)
+
+    and ``merge_scale * (y_forward + y_backward) * silu(z)``.
+
+    Source: Zhu et al. 2024, arXiv:2401.09417, algorithm 1, lines 4 to 17.
+
+    Differentiable in every tensor. For the backward, `xz`, the result of x_proj and the states at
+    the starts of chunks are kept; all else is computed again. State, sums and softplus are float32
+    (float64 where `xz` is); the products are in the dtype of `xz`, weights of another dtype are
+    cast to it. Results are deterministic.
+
+    Args:
+        xz: (B, L, 2 D) result of the input projection: x, then the gate z.
+        forward_branch, backward_branch: the tensors of each direction, in the order of `BRANCH`:
+            conv_weight (D, K), conv_bias (D,), x_proj_weight (R + 2 N, D), dt_proj_weight (D, R),
+            dt_bias (D,), A_log (D, N), D (D,).
+        merge_scale: 0.5 for the mean of the two directions, 1 for their sum.
+        backend: "auto" takes the fastest one that can serve; any name of `vim.ops.BACKENDS`
+            forces one.
+
+    Returns:
+        (B, L, D) in the dtype of `xz`.
+
+    Raises:
+        ValueError: shapes that do not fit together; the message says which and what is allowed.
+        TypeError: a tensor that is not floating point.
+        RuntimeError: `backend` names a backend that cannot serve; the message says why.
+    """
+    tensors: list[Tensor | None] = [xz]
+    for tensor in forward_branch + backward_branch:
+        tensors.append(tensor)  # one by one, since TorchScript cannot extend by another type
+    y, _ = torch.ops.vim.bidirectional_mixer(
+        xz, forward_branch, backward_branch, merge_scale, needs_grad(tensors), backend
+    )
+    return y
+
+
+def bidirectional_mixer_reference(
+    xz: Tensor,
+    forward_branch: list[Tensor],
+    backward_branch: list[Tensor],
+    merge_scale: float = 0.5,
+) -> Tensor:
+    """Return `bidirectional_mixer` by its equations, from the references of its parts.
+
+    This is the definition that every backend is tested against: plain PyTorch, differentiable by
+    autograd, on any device, in the precision of `xz` (float32 at least).
+    """
+    dtype = torch.promote_types(xz.dtype, torch.float32)
+    x, z = xz.to(dtype).chunk(2, dim=-1)
+    total = torch.zeros_like(x)
+    for branch, reverse in ((forward_branch, False), (backward_branch, True)):
+        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = (t.to(dtype) for t in branch)
+        u, _ = causal_conv1d_reference(
+            x, conv_weight, conv_bias, activation="silu", reverse=reverse
+        )
+        rank, state = dt_proj.shape[1], A_log.shape[1]
+        dt, B, C = F.linear(u, x_proj).split([rank, state, state], dim=-1)
+        y, _ = selective_scan_reference(
+            u, F.linear(dt, dt_proj), -A_log.exp(), B, C, D, None, dt_bias, reverse=reverse
+        )
+        total = total + y
+    return (merge_scale * total * F.silu(z)).to(xz.dtype)
+
+
+_REFERENCE = MixerComposition(_CONV_REFERENCE, _SCAN_REFERENCE)
+
+
+def _check(xz, forward_branch, backward_branch):
+    """Raise where the arguments of `bidirectional_mixer` do not fit together."""
+    if not xz.is_floating_point():
+        raise TypeError(f"xz must be a real floating-point tensor, got {xz.dtype}")
+    if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] == 0 or xz.shape[2] % 2:
+        raise ValueError(f"xz must be (B, L, 2 D) with L at least 1, got {tuple(xz.shape)}")
+    channels = xz.shape[2] // 2
+    for direction, branch in (("forward", forward_branch), ("backward", backward_branch)):
+        if len(branch) != len(BRANCH):
+            raise ValueError(
+                f"{direction}_branch must hold {', '.join(BRANCH)}, got {len(branch)} tensors"
+            )
+        given = SimpleNamespace(**dict(zip(BRANCH, branch, strict=True)))
+        rank, state = given.dt_proj_weight.shape[-1], given.A_log.shape[-1]
+        expected = {
+            "conv_weight": (channels, given.conv_weight.shape[-1]),
+            "conv_bias": (channels,),
+            "x_proj_weight": (rank + 2 * state, channels),
+            "dt_proj_weight": (channels, rank),
+            "dt_bias": (channels,),
+            "A_log": (channels, state),
+            "D": (channels,),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(given, name)
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"{name} of the {direction} branch must be a real floating-point tensor, "
+                    f"got {tensor.dtype}"
+                )
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} of the {direction} branch must be {shape}, got {tuple(tensor.shape)}"
+                )
+            if tensor.device != xz.device:
+                raise ValueError(
+                    f"{name} of the {direction} branch must be on the device of xz, {xz.device}, "
+                    f"got {tensor.device}"
+                )
+
+
+def _resolve(backend: str, xz: Tensor):
+    return resolve_backend("bidirectional_mixer", backend, xz.device, xz.dtype, _REFERENCE)
+
+
+@torch.library.custom_op("vim::bidirectional_mixer", mutates_args=())
+def _bidirectional_mixer(
+    xz: Tensor,
+    forward_branch: list[Tensor],
+    backward_branch: list[Tensor],
+    merge_scale: float,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return (y, saved): with `save`, `saved` is what the backward needs."""
+    _check(xz, forward_branch, backward_branch)
+    return _resolve(backend, xz).forward(xz, forward_branch, backward_branch, merge_scale, save)
+
+
+@_bidirectional_mixer.register_fake
+def _(xz, forward_branch, backward_branch, merge_scale, save, backend):
+    _check(xz, forward_branch, backward_branch)
+    batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    y = xz.new_empty((batch, length, channels))
+    if not save:
+        return y, []
+    specs = _resolve(backend, xz).saved_specs(xz, forward_branch)
+    return y, [xz.new_empty(shape, dtype=dtype) for shape, dtype in specs]
+
+
+@torch.library.custom_op("vim::bidirectional_mixer_bwd", mutates_args=())
+def _bidirectional_mixer_bwd(
+    dy: Tensor,
+    xz: Tensor,
+    forward_branch: list[Tensor],
+    backward_branch: list[Tensor],
+    saved: list[Tensor],
+    merge_scale: float,
+    backend: str,
+) -> list[Tensor]:
+    """Return the gradients of xz, of the forward and of the backward branch, in one list."""
+    backward = _resolve(backend, xz).backward
+    gradients = backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
+    inputs = (xz, *forward_branch, *backward_branch)
+    return [g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+
+
+@_bidirectional_mixer_bwd.register_fake
+def _(dy, xz, forward_branch, backward_branch, saved, merge_scale, backend):
+    return [x.new_empty(x.shape) for x in (xz, *forward_branch, *backward_branch)]
+
+
+def _setup_context(ctx, inputs, output):
+    xz, forward_branch, backward_branch, ctx.merge_scale, _, ctx.backend = inputs
+    ctx.save_for_backward(xz, *forward_branch, *backward_branch, *output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dsaved):
+    count = len(BRANCH)
+    if dy is None:
+        return None, [None] * count, [None] * count, None, None, None
+    xz, *rest = ctx.saved_tensors
+    branches = rest[:count], rest[count : 2 * count]
+    dxz, *gradients = torch.ops.vim.bidirectional_mixer_bwd(
+        dy, xz, *branches, rest[2 * count :], ctx.merge_scale, ctx.backend
+    )
+    return dxz, gradients[:count], gradients[count:], None, None, None
+
+
+_bidirectional_mixer.register_autograd(_autograd, setup_context=_setup_context)
