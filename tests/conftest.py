@@ -29,6 +29,12 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device, and torch.cuda.is_available() is False")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Leave the cores to the workers of pytest-xdist: threads would wait for one another."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Give every test the same random numbers, in whatever order the tests run."""

@@ -110,7 +110,7 @@ def _keep_float32(fn, tensor: Tensor) -> Tensor:
     """Return fn(tensor), but in the dtype of `tensor` where fn would lower its precision."""
     out = fn(tensor)
     if out.dtype in (torch.float16, torch.bfloat16):
-        return tensor.to(device=out.device)
+        return tensor.to(device=out.device, dtype=torch.float32)
     return out
 
 

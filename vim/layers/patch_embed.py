@@ -79,8 +79,11 @@ class PatchEmbed(nn.Module):
         weight = old.weight
         if patch_size != self.patch_size:
             weight = resample_patch_embed(weight.detach(), list(patch_size))
-        self.patch_size, self.patch_stride = patch_size, to_2tuple(patch_stride)
-        self._set_img_size(img_size or self.img_size)
+        patch_stride = to_2tuple(patch_stride)
+        img_size = to_2tuple(img_size or self.img_size)
+        _check_size(*img_size, patch_size, patch_stride, self.dynamic_img_pad)
+        self.patch_size, self.patch_stride = patch_size, patch_stride
+        self._set_img_size(img_size)
         self.proj = nn.Conv2d(
             old.in_channels,
             old.out_channels,

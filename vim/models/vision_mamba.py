@@ -297,19 +297,21 @@ class VisionMamba(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image to tokens in the order of the scan: (B, C, H, W) -> (B, P + M, D)."""
-        height, width = x.shape[2], x.shape[3]
+        size = x.shape[2:]
         x = self.patch_embed(x)
         prefix = self.cls_token
         if self.pos_embed is not None:
             pos_embed = self.pos_embed
             if self.dynamic_img_size:
-                grid = self.patch_embed.dynamic_feat_size((height, width))
+                grid = self.patch_embed.dynamic_feat_size((size[0], size[1]))
                 pos_embed = resample_abs_pos_embed(
                     pos_embed,
                     [grid[0], grid[1]],
                     self.patch_embed.grid_size,
                     num_prefix_tokens=self.num_embedded_cls_tokens,
                 )
+            elif not self.patch_embed.strict_img_size:
+                _check_patches(x, pos_embed.shape[1] - self.num_embedded_cls_tokens)
             x = x + pos_embed[:, self.num_embedded_cls_tokens :]
             if prefix is not None and self.num_embedded_cls_tokens > 0:
                 prefix = prefix + pos_embed[:, : self.num_embedded_cls_tokens]
@@ -330,10 +332,6 @@ class VisionMamba(nn.Module):
                 x, residual = checkpoint(block, x, residual)
             else:
                 x, residual = block(x, residual)
-        return self._finish(x, residual)
-
-    def _finish(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the normed tokens, prefix tokens first, from the last block's two outputs."""
         x, _ = self.norm(self.drop_path(x), residual)
         return self.token_order.separate(x)
 
@@ -341,6 +339,8 @@ class VisionMamba(nn.Module):
         """Return the pooled tokens: (B, P + M, D) -> (B, D), or all of them for ""."""
         pool_type = self.global_pool if pool_type is None else pool_type
         if pool_type == "token":
+            if self.num_cls_tokens == 0:
+                raise ValueError("there is no class token to pool")
             return x[:, : self.num_cls_tokens].mean(dim=1)
         return global_pool_nlc(x, pool_type, num_prefix_tokens=self.num_prefix_tokens)
 
@@ -385,18 +385,25 @@ class VisionMamba(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        size = x.shape[2:]
         blocks = self.blocks[: last + 1] if stop_early else self.blocks
-        features = []
+        streams = []
         x, residual = self._embed(x), None
+        grid = self.patch_embed.dynamic_feat_size((size[0], size[1]))
         for i, block in enumerate(blocks):
             if self.grad_checkpointing:
                 x, residual = checkpoint(block, x, residual)
             else:
                 x, residual = block(x, residual)
-            if i in take:
-                stream = self._finish(x, residual) if norm else self._stream(x, residual)
-                features.append(stream)
+            if i - 1 in take:
+                streams.append(residual)  # what this block has read: the stream before it
+        final, residual = self.norm(self.drop_path(x), residual)
+        if len(blocks) - 1 in take:
+            streams.append(residual)
+        if norm:
+            streams = [self.norm(s, None)[0].to(final.dtype) for s in streams]
+        features = [self.token_order.separate(s) for s in streams]
+        final = self.token_order.separate(final)
 
         prefixes = [f[:, : self.num_prefix_tokens] for f in features]
         features = [f[:, self.num_prefix_tokens :] for f in features]
@@ -408,15 +415,11 @@ class VisionMamba(nn.Module):
             if with_prefix:
                 result["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
-                result["image_features"] = self._finish(x, residual)
+                result["image_features"] = final
             return result
         if with_prefix:
             features = list(zip(features, prefixes, strict=True))
-        return features if intermediates_only else (self._finish(x, residual), features)
-
-    def _stream(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the residual stream after a block, prefix tokens first."""
-        return self.token_order.separate(self.drop_path(x) + residual)
+        return features if intermediates_only else (final, features)
 
     @torch.jit.ignore
     def get_intermediate_layers(
@@ -452,6 +455,15 @@ class VisionMamba(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
+
+
+def _check_patches(x: Tensor, expected: int) -> None:
+    """Raise where there are more or fewer patches than position embeddings."""
+    if x.shape[1] != expected:
+        raise ValueError(
+            f"the image has {x.shape[1]} patches, the position embedding {expected}: resize the "
+            "image, call set_input_size, or build the model with dynamic_img_size=True"
+        )
 
 
 def _cfg(hf_hub_id: str = "", hf_hub_filename: str = "", **kwargs) -> dict:

@@ -19,13 +19,24 @@ def needs_grad(tensors: list[Tensor | None]) -> bool:
     return False
 
 
+def check_saved(saved: Sequence[Tensor], expected: Sequence[Sequence[int]]) -> None:
+    """Raise where a forward did not save what the backward's backend will read."""
+    given = [tuple(tensor.shape) for tensor in saved]
+    if given != [tuple(shape) for shape in expected]:
+        raise RuntimeError(
+            f"the forward saved tensors of shapes {given}, this backend's backward needs "
+            f"{list(expected)}: let one backend serve both (VIM_BACKEND must not change in "
+            "between), and have the forward save states"
+        )
+
+
 def pack_gradients(
     gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Return each gradient in its input's dtype, empty where the input is absent."""
+    """Return each gradient contiguous and in its input's dtype, empty where that is absent."""
     device = next(x.device for x in inputs if x is not None)
     return [
-        torch.empty(0, device=device) if x is None else g.to(x.dtype)
+        torch.empty(0, device=device) if x is None else g.to(x.dtype).contiguous()
         for g, x in zip(gradients, inputs, strict=True)
     ]
 

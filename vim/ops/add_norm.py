@@ -107,9 +107,10 @@ def _residual_dtype(x: Tensor, residual_dtype: torch.dtype) -> torch.dtype:
 
 def _op_forward(x, residual, weight, bias, eps, kind, residual_dtype):
     normed, new_residual, rstd = _forward(x, residual, weight, bias, eps, kind, residual_dtype)
+    new_residual = new_residual.contiguous()
     if residual is None and new_residual.dtype == x.dtype:
         new_residual = new_residual.clone()  # an op's output must not share memory with its input
-    return normed, new_residual, rstd
+    return normed.contiguous(), new_residual, rstd.contiguous()
 
 
 def _backward(dnormed, dresidual, new_residual, rstd, weight, kind):
@@ -119,9 +120,10 @@ def _backward(dnormed, dresidual, new_residual, rstd, weight, kind):
     if kind == "layer":
         r = r - r.mean(-1, keepdim=True)
     unit = r * rstd
-    batch = tuple(range(r.dim() - 1))
     dnormed = dnormed.to(dtype)
-    dweight, dbias = (dnormed * unit).sum(batch), dnormed.sum(batch)
+    features = r.shape[-1]
+    dweight = (dnormed * unit).reshape(-1, features).sum(0)
+    dbias = dnormed.reshape(-1, features).sum(0)
     dunit = dnormed * weight.to(dtype)
     dr = dunit - unit * (dunit * unit).mean(-1, keepdim=True)
     if kind == "layer":
@@ -213,13 +215,12 @@ def _add_norm_bwd(
         dnormed = torch.zeros_like(new_residual)
     backward = _resolve(backend, new_residual, x_dtype).backward
     dsum, dweight, dbias = backward(dnormed, dnew_residual, new_residual, rstd, weight, kind)
-    empty = dsum.new_empty(0)
-    return (
-        dsum.to(x_dtype),
-        empty if x_dtype == new_residual.dtype else dsum.to(new_residual.dtype),
-        dweight.to(weight.dtype),
-        empty.clone() if bias is None else dbias.to(bias.dtype),
-    )
+    empty = new_residual.new_empty(0)
+    dx, dresidual = dsum.to(x_dtype).contiguous(), empty
+    if x_dtype != new_residual.dtype:
+        dresidual = dsum.to(new_residual.dtype).contiguous()
+    dbias = empty.clone() if bias is None else dbias.to(bias.dtype)
+    return dx, dresidual, dweight.to(weight.dtype), dbias
 
 
 @_add_norm_bwd.register_fake

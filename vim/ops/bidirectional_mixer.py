@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import needs_grad
+from ._autograd import check_saved, needs_grad, pack_gradients
 from ._dispatch import resolve_backend
 from ._mixer_composition import MixerComposition
 from .causal_conv1d import _REFERENCE as _CONV_REFERENCE
@@ -187,10 +187,11 @@ def _bidirectional_mixer_bwd(
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients of xz, of the forward and of the backward branch, in one list."""
-    backward = _resolve(backend, xz).backward
-    gradients = backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
+    backend_ = _resolve(backend, xz)
+    check_saved(saved, [shape for shape, _ in backend_.saved_specs(xz, forward_branch)])
+    gradients = backend_.backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
     inputs = (xz, *forward_branch, *backward_branch)
-    return [g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+    return pack_gradients(gradients, inputs)
 
 
 @_bidirectional_mixer_bwd.register_fake

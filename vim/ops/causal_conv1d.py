@@ -145,7 +145,8 @@ def _forward(x, weight, bias, initial_state, activation, reverse):
     y, state = causal_conv1d_reference(
         x, weight, bias, activation=activation, reverse=reverse, initial_state=initial_state
     )
-    return y, state.clone()  # an op's outputs must not share memory with its inputs
+    # An op's outputs are contiguous and share memory with nothing.
+    return y.contiguous(), state.clone(memory_format=torch.contiguous_format)
 
 
 def _backward(dy, dstate, x, weight, bias, initial_state, activation, reverse):
@@ -172,8 +173,8 @@ def _backward(dy, dstate, x, weight, bias, initial_state, activation, reverse):
     else:
         dinitial, dx = dpadded[:, : width - 1], dpadded[:, width - 1 :]
     dbias = None if bias is None else dpre.sum((0, 1))
-    dinitial = None if initial_state is None else dinitial.contiguous()
-    return dx.contiguous(), torch.stack(dweight, 1), dbias, dinitial
+    dx, dinitial = (g.clone(memory_format=torch.contiguous_format) for g in (dx, dinitial))
+    return dx, torch.stack(dweight, 1), dbias, None if initial_state is None else dinitial
 
 
 _REFERENCE = SimpleNamespace(forward=_forward, backward=_backward)

@@ -10,7 +10,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import fake_gradients, needs_grad, pack_gradients, unpack_gradients
+from ._autograd import check_saved, fake_gradients, needs_grad, pack_gradients, unpack_gradients
 from ._dispatch import resolve_backend
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_state_update"]
@@ -238,7 +238,7 @@ def _forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse,
         reverse=reverse,
         initial_state=initial_state,
     )
-    return y, state, state.new_empty(0)
+    return y.contiguous(), state.contiguous(), state.new_empty(0)
 
 
 def _backward(
@@ -406,11 +406,11 @@ def _selective_scan_bwd(
 ) -> list[Tensor]:
     """Return the gradients of the nine tensors; where a tensor is absent, an empty one."""
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    backend_ = _resolve(backend, u)
+    check_saved([saved], [backend_.saved_shape(*u.shape, A.shape[1])])
     if dy is None:
         dy = torch.zeros_like(u)
-    gradients = _resolve(backend, u).backward(
-        dy, dfinal_state, *inputs, saved, dt_softplus, reverse
-    )
+    gradients = backend_.backward(dy, dfinal_state, *inputs, saved, dt_softplus, reverse)
     return pack_gradients(gradients, inputs)
 
 
