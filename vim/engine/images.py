@@ -1,7 +1,5 @@
 """Finding image files, reading them as RGB, and laying them out on a contact sheet."""
 
-from __future__ import annotations
-
 import glob
 import math
 import os

@@ -1,7 +1,5 @@
 """Running a timm model over image files: building it, reading in parallel, labels, results."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import csv
@@ -24,12 +22,9 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vim.engine.images import ImageReadError, read_image
-try:
-    from vim.models import VisionMamba, load_checkpoint
-except ImportError:
-    class VisionMamba: pass
-    load_checkpoint = None
+from vim.models import VisionMamba, load_checkpoint
+
+from .images import ImageReadError, read_image
 
 __all__ = [
     "Batch",
@@ -362,7 +357,7 @@ def classify(
         if len(batch.images):
             with runner.precision():
                 logits = runner.model(batch.images)
-            best = logits.float().softmax(dim=1).topk(min(topk, len(labels)))
+            best = logits.float().softmax(dim=-1).topk(min(topk, len(labels)))
             rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for path in batch.paths:
             if path in batch.errors:
