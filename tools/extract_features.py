@@ -3,16 +3,15 @@
 The output holds float32 arrays, one row an image, beside the names of the files and the settings:
 
 - FILE.npz: `pooled`, `last` or `layer_3` as asked for, `files`, and `settings` as JSON text;
-- FILE.safetensors: the same arrays, with `files` and `settings` as JSON in its metadata;
-- DIR: files like that for consecutive images, for what does not fit in memory, with the settings
-  in `job.json`.
+- FILE.safetensors: the same arrays, and in its metadata `info`, a JSON object of `files` and
+  `settings`;
+- DIR: files like that of consecutive images, for what does not fit in memory; their settings are in
+  `job.json`.
 
 Every batch is first stored in `<output>.partial/`, so that the same command continues after an
 interruption; the result is the one of an undisturbed run.
 Exit code: 0 if all went well, 1 if some images failed, 2 for arguments that cannot be met.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -23,18 +22,20 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+import vim
 from vim.engine.images import find_images, printable
 from vim.engine.inference import (
+    Batch,
     Runner,
     add_arguments,
     atomic_write,
@@ -81,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[str | int]) -> dict[str, int | None]:
-    """Name in the output -> layer index (None: pooled), sorted, each layer once."""
+    """Name in the output -> layer index (None: pooled), each once."""
     if set(layers) != {"pooled"} and not hasattr(model, "forward_intermediates"):
         raise ValueError("this model gives no features of its layers, only --layer pooled")
     depth = len(model.feature_info)
@@ -95,7 +96,7 @@ def resolve_layers(model: nn.Module, layers: Sequence[str | int]) -> dict[str, i
             resolved[f"layer_{layer % depth}"] = layer % depth
         else:
             raise ValueError(f"--layer must be in {-depth} ... {depth - 1}, got {layer}")
-    return dict(sorted(resolved.items(), key=lambda item: (item[1] or 0, item[0])))
+    return resolved
 
 
 def compute_features(
@@ -109,9 +110,11 @@ def compute_features(
         )
 
     features = {}
-    inner = {name: index for name, index in layers.items() if name not in ("pooled", "last")}
+    # forward_intermediates returns layers in the model's order, whatever the order of `indices`.
+    inner = sorted((i, name) for name, i in layers.items() if name.startswith("layer_"))
     if inner:
-        features.update(zip(inner, maps(list(inner.values()), norm=False), strict=True))
+        indices, names = zip(*inner, strict=True)
+        features.update(zip(names, maps(list(indices), norm=False), strict=True))
     if "last" in layers:
         features["last"] = maps([layers["last"]], norm=True)[0]
     features = {name: FORMATS[layout](value) for name, value in features.items()}
@@ -139,9 +142,14 @@ def describe(args: argparse.Namespace, runner: Runner, layers: dict[str, Any]) -
         "dtype": args.dtype,
         "device": runner.device.type,
         "batch_size": args.batch_size,
-        "versions": {name: version(name) for name in ("torch", "timm")},
+        "versions": {package.__name__: package.__version__ for package in (torch, timm, vim)},
     }
     return json.loads(json.dumps(settings, default=str))
+
+
+def save(arrays: dict[str, np.ndarray], path: Path, info: dict[str, Any]) -> None:
+    """Write safetensors; one entry of metadata, since the order of several is left to chance."""
+    save_file(arrays, path, {"info": json.dumps(info)})
 
 
 class Shards:
@@ -184,22 +192,21 @@ class Shards:
         """The batches still to compute."""
         return [index for index, file in enumerate(self.files) if not file.exists()]
 
-    def write(
-        self, index: int, features: dict[str, Tensor], paths: Sequence[Path], errors: dict
-    ) -> None:
-        files = [str(path) for path in paths if path not in errors]
-        failures = [[str(path), reason] for path, reason in errors.items()]
-        metadata = {"files": json.dumps(files), "failures": json.dumps(failures)}
+    def write(self, index: int, batch: Batch, features: dict[str, Tensor]) -> None:
+        info = {
+            "files": [str(path) for path in batch.paths if path not in batch.errors],
+            "failures": [[str(path), reason] for path, reason in batch.errors.items()],
+        }
         arrays = {name: value.contiguous().numpy() for name, value in features.items()}
         with atomic_write(self.files[index]) as temporary:
-            save_file(arrays, temporary, metadata)
+            save(arrays, temporary, info)
 
-    def metadata(self, key: str) -> list:
+    def info(self, key: str) -> list:
         """One of the lists `files` and `failures`, over all batches."""
         values = []
         for file in self.files:
             with safe_open(file, "numpy") as shard:
-                values += json.loads(shard.metadata()[key])
+                values += json.loads(shard.metadata()["info"])[key]
         return values
 
     def array(self, name: str) -> np.ndarray:
@@ -218,14 +225,13 @@ class Shards:
         if not output.suffix:
             os.replace(self.folder, output)
             return
-        settings = json.dumps(self.settings)
-        files = self.metadata("files")
+        files = self.info("files")
         arrays = {name: self.array(name) for name in self.settings["layers"]}
         merged = self.folder / output.name
         if output.suffix == ".npz":
-            np.savez(merged, files=np.array(files), settings=np.array(settings), **arrays)
+            np.savez(merged, files=files, settings=json.dumps(self.settings), **arrays)
         else:
-            save_file(arrays, merged, {"files": json.dumps(files), "settings": settings})
+            save(arrays, merged, {"files": files, "settings": self.settings})
         os.replace(merged, output)
         shutil.rmtree(self.folder)
 
@@ -236,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_output(args.output, (".npz", ".safetensors", ""))
         if not args.output.suffix and args.output.exists():
-            raise ValueError(f"folder {args.output} exists already: delete it, or name another")
+            raise ValueError(f"{args.output} exists already: delete it, or name another folder")
         paths = find_images(args.images)
         runner = Runner(args)
         layers = resolve_layers(runner.model, args.layer or ["pooled"])
@@ -256,10 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(batch.images):
             with runner.precision():
                 features = compute_features(runner.model, batch.images, layers, args.format)
-        shards.write(index, features, batch.paths, batch.errors)
+        shards.write(index, batch, features)
     seconds = time.perf_counter() - start
 
-    failures = shards.metadata("failures")
+    failures = shards.info("failures")
     for path, reason in failures:
         logger.error("failed: %s: %s", printable(path), reason)
     if len(failures) == len(paths):

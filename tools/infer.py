@@ -4,8 +4,6 @@ The likeliest classes go to stdout as a table, and on request to JSON lines, CSV
 Exit code: 0 if all went well, 1 if some images failed, 2 for arguments that cannot be met.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

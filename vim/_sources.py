@@ -1,4 +1,4 @@
-"""Where the sources of compiled kernels are: in the checkout, or as data of the installed package."""
+"""Where the sources of compiled kernels are: in the checkout, or in the installed package."""
 
 from pathlib import Path
 
@@ -14,4 +14,4 @@ def kernel_sources(kind: str) -> Path:
     for folder in (_PACKAGE.parent / "kernels" / kind, _PACKAGE / "_kernels" / kind):
         if folder.is_dir():
             return folder
-    raise RuntimeError(f"the {kind} kernel sources are missing from {_PACKAGE}; reinstall vim-mamba")
+    raise RuntimeError(f"the {kind} kernels are missing from {_PACKAGE}; reinstall vim-mamba")

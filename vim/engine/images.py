@@ -48,15 +48,15 @@ def find_images(args: Iterable[str]) -> list[Path]:
     """Image files named by command-line arguments, sorted and without duplicates.
 
     A file is taken whatever its extension; a folder gives the image files below it, told by
-    extension, hidden ones left out; a glob pattern (`**` goes into subfolders) means what it
-    matches; `-` reads file names from standard input, one a line and taken literally, so that one
-    which does not exist is a failure of reading, not of finding.
+    extension, hidden ones left out; a glob pattern (`**` goes into subfolders) means the files and
+    folders that it matches; `-` reads file names from standard input, one a line. These are taken
+    literally: one that does not exist is a failure of reading, not of finding.
 
     Args:
         args: files, folders, glob patterns or `-`.
 
     Raises:
-        ValueError: an argument names nothing, or a folder has no image.
+        ValueError: an argument names nothing, or nothing but folders without images.
     """
     found: dict[str, Path] = {}
     for arg in args:
@@ -69,25 +69,32 @@ def find_images(args: Iterable[str]) -> list[Path]:
 
 def _find(arg: str) -> list[Path]:
     if arg == "-":
-        return [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
-    if os.path.isdir(arg):
-        return _find_in_folder(arg)
-    if os.path.exists(arg):
-        return [Path(arg)]
-    matches = glob.glob(arg, recursive=True)
+        lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
+        return [Path(line.rstrip("\r")) for line in lines if line.strip()]
+    matches = [arg] if os.path.exists(arg) else glob.glob(arg, recursive=True)
     if not matches:
         raise ValueError(
             f"no such file or folder, and no file matches it as a pattern: {printable(arg)!r}; "
             "give files, folders, glob patterns, or - for a list on standard input"
         )
-    files = [Path(match) for match in matches if os.path.isfile(match)]
-    # `**` matches files below a folder as well as the folder: the files are enough.
-    return files or [path for match in matches for path in _find_in_folder(match)]
+    paths = []
+    for match in matches:
+        paths += _images_below(match) if os.path.isdir(match) else [Path(match)]
+    if not paths:
+        raise ValueError(
+            f"no image in {printable(arg)!r} or below, told by extension "
+            f"({' '.join(sorted(_extensions()))}); name the files if theirs differ"
+        )
+    return paths
 
 
-def _find_in_folder(folder: str) -> list[Path]:
+def _extensions() -> set[str]:
     Image.init()
-    extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
+    return {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def _images_below(folder: str) -> list[Path]:
+    extensions = _extensions()
     paths = []
     for root, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -96,11 +103,6 @@ def _find_in_folder(folder: str) -> list[Path]:
             for name in files
             if not name.startswith(".") and Path(name).suffix.lower() in extensions
         ]
-    if not paths:
-        raise ValueError(
-            f"folder {printable(folder)!r} has no image at any depth (by extension: "
-            f"{' '.join(sorted(extensions))}); name the files if theirs differ"
-        )
     return paths
 
 
@@ -186,7 +188,7 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Image.Image:
     Args:
         entries: at least one; their images are read here again, one at a time.
     """
-    columns = math.ceil(math.sqrt(len(entries) * 1.5))
+    columns = min(len(entries), math.ceil(math.sqrt(len(entries) * 1.5)))
     rows = math.ceil(len(entries) / columns)
     lines = max(1, *(len(entry.classes) for entry in entries))
     card_width, card_height = CELL + 2 * PAD, CELL + 2 * PAD + ROW * (lines + 1) + PAD // 2

@@ -122,7 +122,7 @@ def build_model(
         raise ValueError(f"checkpoint {checkpoint} does not exist or is no file")
     _check_name(name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
             model = timm.create_model(name, pretrained=pretrained, **(model_kwargs or {}))
         except Exception as error:  # whatever the model's constructor or the hub's client raises
@@ -139,10 +139,13 @@ def build_model(
 
 
 def _check_name(name: str) -> None:
-    architecture = name.partition(".")[0]
-    if ":" in name or timm.is_model(architecture):
+    source, architecture = timm.models.parse_model_name(name)
+    architecture = architecture.partition(".")[0]
+    if source or timm.is_model(architecture):
         return
-    near = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+    # Compared to as many letters, so that "vim_tiny" is near to "vim_tiny_patch16_224".
+    starts = {known[: len(architecture)]: known for known in reversed(timm.list_models())}
+    near = [starts[start] for start in difflib.get_close_matches(architecture, starts)]
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"
     raise ValueError(f"unknown model {name!r}; {hint}")
 
