@@ -63,7 +63,7 @@ class Backend(NamedTuple):
         """Return why this backend cannot serve `op` for `dtype`; None where it can."""
         if self.name == "reference":
             return None
-        _, reason = _dispatch._probe(op, self.name, self.device, dtype)
+        _, reason = _dispatch.probe(op, self.name, self.device, dtype)
         return reason
 
 

@@ -206,7 +206,7 @@ def test_importing_the_ops_needs_no_compiled_backend():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu"])
 def test_a_change_of_the_environment_before_the_backward_does_no_harm(name):
-    module, reason = _dispatch._probe("selective_scan", name, CPU, torch.float32)
+    module, reason = _dispatch.probe("selective_scan", name, CPU, torch.float32)
     if module is None:
         pytest.skip(f"backend {name!r} cannot serve: {reason}")
     script = f"""

@@ -21,7 +21,7 @@ import torch
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-AUTO_ORDER: tuple[str, ...] = ()
+AUTO_ORDER: tuple[str, ...] = ("cuda", "triton", "cpu")
 """Compiled backends, fastest first; `auto` takes the first that can serve."""
 
 ENVIRONMENT_VARIABLE = "VIM_BACKEND"
@@ -64,13 +64,13 @@ def _resolve(
     if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
     if requested != "auto":
-        module, reason = _probe(op, requested, device, dtype)
+        module, reason = probe(op, requested, device, dtype)
         if module is None:
             raise RuntimeError(f"backend {requested!r} cannot serve {op} on {device}: {reason}")
         return module
     reasons = []
     for name in AUTO_ORDER:
-        module, reason = _probe(op, name, device, dtype)
+        module, reason = probe(op, name, device, dtype)
         if module is not None:
             return module
         reasons.append(f"{name}: {reason}")
@@ -86,7 +86,7 @@ def _resolve(
     return None
 
 
-def _probe(
+def probe(
     op: str, backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[ModuleType | None, str | None]:
     """Return the backend's module, or None and the reason why it cannot serve."""

@@ -37,15 +37,12 @@ class MixerComposition:
         for branch, reverse in ((forward_branch, False), (backward_branch, True)):
             u = self._convolved(x, branch, reverse)
             projected = F.linear(u, branch[2].to(u.dtype))
-            y, _, states = self.scan.forward(
-                *self._scan_inputs(u, projected, branch, z), True, reverse, save
-            )
+            *inputs, dt_bias = self._scan_inputs(u, projected, branch)
+            y, _, states = self.scan.forward(*inputs, z, dt_bias, None, True, reverse, save)
             outputs.append(y)
             saved += [projected, states]
         y = outputs[0] + outputs[1]
-        if merge_scale != 1:
-            y = y * merge_scale
-        return y, saved if save else []
+        return (y if merge_scale == 1 else y * merge_scale), saved if save else []
 
     def backward(self, dy, xz, forward_branch, backward_branch, saved, merge_scale):
         x, z = xz.chunk(2, dim=-1)
@@ -61,13 +58,9 @@ class MixerComposition:
             conv_weight, conv_bias, x_proj, dt_proj, _, A_log, _ = branch
             rank = dt_proj.shape[1]
             u = self._convolved(x, branch, reverse)
+            *inputs, dt_bias = self._scan_inputs(u, projected, branch)
             du, ddt, dA, dB, dC, dD, dz_, ddt_bias, _ = self.scan.backward(
-                dy,
-                None,
-                *self._scan_inputs(u, projected, branch, z),
-                states,
-                True,
-                reverse,
+                dy, None, *inputs, z, dt_bias, None, states, True, reverse
             )
             ddt, dB, dC, du = (g.to(u.dtype) for g in (ddt, dB, dC, du))
             dprojected = torch.cat([F.linear(ddt, dt_proj.to(u.dtype).t()), dB, dC], dim=-1)
@@ -80,18 +73,18 @@ class MixerComposition:
             dx += dx_
             dz += dz_
             dA_log = -A_log.to(dA.dtype).exp() * dA
-            gradients += [dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA_log, dD]
-        return [dxz, *gradients]
+            gradients.append((dconv_weight, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA_log, dD))
+        return [dxz, *(torch.stack(pair) for pair in zip(*gradients, strict=True))]
 
     def _convolved(self, x: Tensor, branch: list[Tensor], reverse: bool) -> Tensor:
         return self.conv.forward(x, branch[0], branch[1], None, "silu", reverse)[0]
 
     @staticmethod
-    def _scan_inputs(u, projected, branch, z):
-        """Return u, dt, A, B, C, D, z, dt_bias and the initial state of a scan."""
+    def _scan_inputs(u, projected, branch):
+        """Return u, dt, A, B, C, D and dt_bias of a scan."""
         _, _, _, dt_proj, dt_bias, A_log, D = branch
         rank, state = dt_proj.shape[1], A_log.shape[1]
         dt, B, C = projected.split([rank, state, state], dim=-1)
         dt = F.linear(dt, dt_proj.to(u.dtype))
         A = -torch.exp(A_log.to(torch.promote_types(u.dtype, torch.float32)))
-        return u, dt, A, B, C, D, z, dt_bias, None
+        return u, dt, A, B, C, D, dt_bias

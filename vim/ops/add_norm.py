@@ -113,8 +113,20 @@ def _op_forward(x, residual, weight, bias, eps, kind, residual_dtype):
     return normed.contiguous(), new_residual, rstd.contiguous()
 
 
-def _backward(dnormed, dresidual, new_residual, rstd, weight, kind):
-    """Return (d(x + residual), dweight, dbias), written out: autograd is off inside an op."""
+def in_dtypes(
+    dsum: Tensor, x_dtype: torch.dtype, residual_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return (dx, dresidual) from their common value; None where dresidual would be dx again."""
+    dresidual = None if x_dtype == residual_dtype else dsum.to(residual_dtype)
+    return dsum.to(x_dtype), dresidual
+
+
+def _backward(dnormed, dresidual, new_residual, rstd, weight, x_dtype, kind, has_bias):
+    """Return (dx, dresidual, dweight, dbias), written out: autograd is off inside an op.
+
+    dresidual is None where it would be dx again, the dtypes of x and the new residual being the
+    same; dbias counts only where there is a bias.
+    """
     dtype = torch.promote_types(new_residual.dtype, torch.float32)
     r, rstd = new_residual.to(dtype), rstd.unsqueeze(-1)
     if kind == "layer":
@@ -131,7 +143,7 @@ def _backward(dnormed, dresidual, new_residual, rstd, weight, kind):
     dr = dr * rstd
     if dresidual is not None:
         dr = dr + dresidual.to(dtype)
-    return dr, dweight, dbias
+    return *in_dtypes(dr, x_dtype, new_residual.dtype), dweight, dbias
 
 
 _REFERENCE = SimpleNamespace(forward=_op_forward, backward=_backward)
@@ -214,13 +226,15 @@ def _add_norm_bwd(
     if dnormed is None:
         dnormed = torch.zeros_like(new_residual)
     backward = _resolve(backend, new_residual, x_dtype).backward
-    dsum, dweight, dbias = backward(dnormed, dnew_residual, new_residual, rstd, weight, kind)
-    empty = new_residual.new_empty(0)
-    dx, dresidual = dsum.to(x_dtype).contiguous(), empty
-    if x_dtype != new_residual.dtype:
-        dresidual = dsum.to(new_residual.dtype).contiguous()
-    dbias = empty.clone() if bias is None else dbias.to(bias.dtype)
-    return dx, dresidual, dweight.to(weight.dtype), dbias
+    dx, dresidual, dweight, dbias = backward(
+        dnormed, dnew_residual, new_residual, rstd, weight, x_dtype, kind, bias is not None
+    )
+    return (
+        dx.contiguous(),
+        new_residual.new_empty(0) if dresidual is None else dresidual.contiguous(),
+        dweight.to(weight.dtype),
+        new_residual.new_empty(0) if bias is None else dbias.to(bias.dtype),
+    )
 
 
 @_add_norm_bwd.register_fake

@@ -186,17 +186,16 @@ def _bidirectional_mixer_bwd(
     merge_scale: float,
     backend: str,
 ) -> list[Tensor]:
-    """Return the gradients of xz, of the forward and of the backward branch, in one list."""
+    """Return the gradient of xz, then that of each of `BRANCH` with a row a direction."""
     backend_ = _resolve(backend, xz)
     check_saved(saved, [shape for shape, _ in backend_.saved_specs(xz, forward_branch)])
     gradients = backend_.backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
-    inputs = (xz, *forward_branch, *backward_branch)
-    return pack_gradients(gradients, inputs)
+    return pack_gradients(gradients, (xz, *forward_branch))
 
 
 @_bidirectional_mixer_bwd.register_fake
 def _(dy, xz, forward_branch, backward_branch, saved, merge_scale, backend):
-    return [x.new_empty(x.shape) for x in (xz, *forward_branch, *backward_branch)]
+    return [xz.new_empty(xz.shape), *(x.new_empty((2, *x.shape)) for x in forward_branch)]
 
 
 def _setup_context(ctx, inputs, output):
@@ -211,10 +210,12 @@ def _autograd(ctx, dy, dsaved):
         return None, [None] * count, [None] * count, None, None, None
     xz, *rest = ctx.saved_tensors
     branches = rest[:count], rest[count : 2 * count]
-    dxz, *gradients = torch.ops.vim.bidirectional_mixer_bwd(
+    dxz, *pairs = torch.ops.vim.bidirectional_mixer_bwd(
         dy, xz, *branches, rest[2 * count :], ctx.merge_scale, ctx.backend
     )
-    return dxz, gradients[:count], gradients[count:], None, None, None
+    forward_gradients = [pair[0] for pair in pairs]
+    backward_gradients = [pair[1].to(x.dtype) for pair, x in zip(pairs, branches[1], strict=True)]
+    return dxz, forward_gradients, backward_gradients, None, None, None
 
 
 _bidirectional_mixer.register_autograd(_autograd, setup_context=_setup_context)

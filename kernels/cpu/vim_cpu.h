@@ -1,0 +1,91 @@
+// What the modules of vim/ops/cpu pass to the kernels: fields of 8 bytes, which Python packs in the
+// order that they have here.
+//
+// Size letters: B batch, L tokens, D channels, N state, G groups, K width of the convolution.
+// Strides count elements. A pointer that may be null says so.
+#pragma once
+
+#include <stdint.h>
+
+namespace vim {
+
+// Tokens of a sequence, (B, L, D) or (B, L, G, N), whose last dimension has stride 1.
+struct Sequence {
+    void* data;  // null where the tensor is absent
+    int64_t batch, token, group;
+    int64_t bf16;  // whether elements are bfloat16 rather than float32
+};
+
+struct ScanInputs {
+    int64_t batch, length, channels, state, groups;
+    int64_t dt_softplus, reverse, threads;
+    Sequence u, dt, z, B, C;  // z may be absent
+    const float* A;           // (D, N)
+    const float* D;           // (D,) or null
+    const float* dt_bias;     // (D,) or null
+};
+
+struct ScanForward {
+    ScanInputs in;
+    Sequence y;
+    const float* initial_state;  // (B, D, N) or null
+    float* final_state;          // (B, D, N)
+    float* saved;                // (B, chunks, N, D) the state before each chunk of tokens, or null
+    Sequence addend;             // added to y before the gate; may be absent
+    double scale;                // of y, after the gate
+};
+
+struct ScanBackward {
+    ScanInputs in;
+    Sequence dy, du, ddt, dz;   // dz is absent where z is
+    const float* dfinal_state;  // (B, D, N) or null
+    const float* saved;         // as ScanForward wrote it
+    float *dA, *dB, *dC;        // (D, N), (B, L, G, N) twice
+    float *dD, *ddt_bias;       // (D,), null where the input is absent
+    float* dinitial_state;      // (B, D, N) or null
+    float* partial_parameters;  // (B, N + 2, D) workspace: dA, dD and ddt_bias of a batch item
+    float* partial_matrices;    // (2, blocks, B, L, G, N) workspace: dB and dC of a channel block
+};
+
+struct ConvForward {
+    int64_t batch, length, channels, width;
+    int64_t silu, reverse, threads;
+    Sequence x, initial_state, y,
+        final_state;      // states are (B, K - 1, D); the initial may be absent
+    const float* weight;  // (K, D)
+    const float* bias;    // (D,) or null
+};
+
+struct ConvBackward {
+    int64_t batch, length, channels, width;
+    int64_t silu, reverse, threads;
+    Sequence x, initial_state, dy, dfinal_state;  // the states may be absent
+    Sequence dx, dinitial_state;                  // dinitial_state may be absent
+    const float* weight;                          // (K, D)
+    const float* bias;                            // (D,) or null
+    float *dweight, *dbias;                       // (K, D), (D,) or null
+    float* partial;                               // (B, chunks, K + 1, D) workspace
+};
+
+// Rows are tokens of a Sequence with one batch item.
+struct NormForward {
+    int64_t rows, channels;
+    int64_t layer, threads;  // layer: subtract the mean
+    double eps;
+    Sequence x, residual, normed, new_residual;  // residual may be absent
+    const float* weight;                         // (D,)
+    const float* bias;                           // (D,) or null
+    float* rstd;                                 // (rows,)
+};
+
+struct NormBackward {
+    int64_t rows, channels;
+    int64_t layer, threads;
+    Sequence dnormed, dnew_residual, new_residual, dsum;  // dnew_residual may be absent
+    const float* weight;                                  // (D,)
+    const float* rstd;                                    // (rows,)
+    float *dweight, *dbias;                               // (D,); dbias may be null
+    float* partial;                                       // (blocks, 2, D) workspace
+};
+
+}  // namespace vim

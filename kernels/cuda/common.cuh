@@ -1,0 +1,212 @@
+// What the kernels share: conversions, vector accesses, fast functions, reductions.
+//
+// T is float, __nv_bfloat16 or __half in memory; in registers everything is float. NVRTC compiles
+// without the standard library, so `int64` stands for std::int64_t.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+using int64 = long long;
+
+constexpr unsigned FULL_WARP = 0xffffffffu;
+
+// ---- one value
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <> __device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// The value that `x` has after a trip through memory as T.
+template <typename T> __device__ __forceinline__ float rounded_to(float x) {
+  return to_float(from_float<T>(x));
+}
+
+// ---- two values of 16 bits in one word, the first in the lower half
+
+__device__ __forceinline__ float2 unpack_pair(__nv_bfloat16, unsigned word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ __forceinline__ float2 unpack_pair(__half, unsigned word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+__device__ __forceinline__ unsigned pack_pair(__nv_bfloat16, float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+__device__ __forceinline__ unsigned pack_pair(__half, float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// ---- N values side by side, N a power of two, accessed 16 bytes at a time where there are as many
+
+template <int BYTES> struct Access;
+template <> struct Access<2> { using type = unsigned short; };
+template <> struct Access<4> { using type = unsigned; };
+template <> struct Access<8> { using type = uint2; };
+template <> struct Access<16> { using type = uint4; };
+
+// Values of T as they lie in memory: a load in flight takes no more registers than its bytes need.
+template <typename T, int N> struct Raw {
+  static constexpr int BYTES = N * sizeof(T);
+  static constexpr int WORDS = BYTES < 4 ? 1 : BYTES / 4;
+  using Type = typename Access<(BYTES < 16 ? BYTES : 16)>::type;
+  static constexpr int ACCESSES = BYTES / sizeof(Type);
+  union {
+    unsigned words[WORDS];
+    Type accesses[ACCESSES];
+  };
+};
+
+// `p` must be aligned to an access: min(16, N * sizeof(T)) bytes.
+template <int N, typename T> __device__ __forceinline__ Raw<T, N> load_raw(const T* p) {
+  Raw<T, N> raw;
+#pragma unroll
+  for (int i = 0; i < Raw<T, N>::ACCESSES; ++i) {
+    raw.accesses[i] = reinterpret_cast<const typename Raw<T, N>::Type*>(p)[i];
+  }
+  return raw;
+}
+
+template <typename T, int N> __device__ __forceinline__ Raw<T, N> zero_raw() {
+  Raw<T, N> raw;
+#pragma unroll
+  for (int i = 0; i < Raw<T, N>::WORDS; ++i) raw.words[i] = 0;
+  return raw;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void unpack(const Raw<T, N>& raw, float (&x)[N]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __uint_as_float(raw.words[i]);
+  } else if constexpr (N == 1) {
+    x[0] = unpack_pair(T(), raw.accesses[0]).x;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const float2 pair = unpack_pair(T(), raw.words[i / 2]);
+      x[i] = pair.x;
+      x[i + 1] = pair.y;
+    }
+  }
+}
+
+template <int N, typename T> __device__ __forceinline__ void load(const T* p, float (&x)[N]) {
+  unpack(load_raw<N>(p), x);
+}
+
+template <int N, typename T> __device__ __forceinline__ void store(T* p, const float (&x)[N]) {
+  Raw<T, N> raw;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.words[i] = __float_as_uint(x[i]);
+  } else if constexpr (N == 1) {
+    raw.accesses[0] = pack_pair(T(), x[0], 0.0f);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) raw.words[i / 2] = pack_pair(T(), x[i], x[i + 1]);
+  }
+#pragma unroll
+  for (int i = 0; i < Raw<T, N>::ACCESSES; ++i) {
+    reinterpret_cast<typename Raw<T, N>::Type*>(p)[i] = raw.accesses[i];
+  }
+}
+
+// ---- functions of one or two special-function instructions, a few ulps of float32 each
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+// 2^x; subnormal results are zero.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x; zero where x is infinite.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_sigmoid(float x) {
+  return fast_reciprocal(1.0f + fast_exp2(-LOG2_E * x));
+}
+
+__device__ __forceinline__ float fast_silu(float x) { return x * fast_sigmoid(x); }
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)). Where exp(-|x|) is so small that 1 + exp(-|x|)
+// loses its digits, log(1 + e) is e (1 - e / 2).
+__device__ __forceinline__ float fast_softplus(float x) {
+  const float e = fast_exp2(-LOG2_E * fabsf(x));
+  const float log1p_e = e < 0.0078125f ? e * (1.0f - e * (0.5f - e * (1.0f / 3.0f)))
+                                       : LN_2 * fast_log2(1.0f + e);
+  return fmaxf(x, 0.0f) + log1p_e;
+}
+
+// ---- reductions
+
+// The sum over the lanes of a warp, in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL_WARP, x, offset);
+  return x;
+}
+
+// The second stage of a deterministic sum: the blocks of a kernel leave one row of float32 each.
+//
+// partials: (rows, gridDim.y, first + second). Column sums go to outputs, which lie by gridDim.y:
+// `firsts` (gridDim.y, first) and `seconds` (gridDim.y, second), one of which may be null.
+// Block: (32, 32); grid: (ceil((first + second) / 32), directions).
+struct SumPartials {
+  const float* partials;
+  void* firsts;
+  void* seconds;
+  int64 rows, first, second;
+};
+
+constexpr int SUM_PARTIALS_LANES = 32;
+
+template <typename T>
+__global__ void __launch_bounds__(32 * SUM_PARTIALS_LANES) sum_partials_kernel(SumPartials p) {
+  __shared__ float sums[SUM_PARTIALS_LANES][32];
+  const int64 columns = p.first + p.second;
+  const int64 column = blockIdx.x * 32ll + threadIdx.x;
+  float sum = 0.0f;
+  if (column < columns) {
+    const int64 stride = gridDim.y * columns;
+    const float* at = p.partials + blockIdx.y * columns + column;
+#pragma unroll 8
+    for (int64 row = threadIdx.y; row < p.rows; row += SUM_PARTIALS_LANES) sum += at[row * stride];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= columns) return;
+#pragma unroll
+  for (int i = 1; i < SUM_PARTIALS_LANES; ++i) sum += sums[i][threadIdx.x];
+  if (column < p.first) {
+    static_cast<T*>(p.firsts)[blockIdx.y * p.first + column] = from_float<T>(sum);
+  } else if (p.seconds != nullptr) {
+    static_cast<T*>(p.seconds)[blockIdx.y * p.second + column - p.first] = from_float<T>(sum);
+  }
+}

@@ -1,0 +1,100 @@
+"""What the CUDA mixer does between its kernels, with their definitions in their place.
+
+Needs no GPU: the kernels themselves are tested in test_cuda_kernels.py and
+test_cuda_selective_scan.py, the whole on a GPU in test_bidirectional_mixer.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vim.ops import causal_conv1d_reference, selective_scan_reference
+from vim.ops.bidirectional_mixer import _check, bidirectional_mixer_reference
+from vim.ops.cuda import bidirectional_mixer as mixer
+
+from .test_bidirectional_mixer import SHAPES, make
+
+
+def convolve(x, weight, bias, weight_reverse, bias_reverse):
+    pairs = ((weight, bias, False), (weight_reverse, bias_reverse, True))
+    return torch.stack(
+        [causal_conv1d_reference(x, w, b, activation="silu", reverse=r)[0] for w, b, r in pairs]
+    )
+
+
+def scan(u, dt, A, B, C, D, z, dt_bias, scale):
+    return (
+        scale
+        * F.silu(z)
+        * sum(
+            selective_scan_reference(
+                u[i], dt[i], A[i], B[i], C[i], D[i], None, dt_bias[i], reverse=bool(i)
+            )[0]
+            for i in range(2)
+        )
+    )
+
+
+def gradients_of(function, cotangent, *inputs):
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, cotangent)
+
+
+def convolve_backward(dy, x, *weights, dx):
+    dx_, dw, db, dw_reverse, db_reverse = gradients_of(convolve, dy, x, *weights)
+    dx.copy_(dx_)
+    return dx, torch.stack([dw, dw_reverse]), torch.stack([db, db_reverse])
+
+
+def scan_backward(dy, *inputs_and_scale):
+    *inputs, scale = inputs_and_scale
+    return gradients_of(lambda *x: scan(*x, scale), dy, *inputs)
+
+
+@pytest.fixture
+def definitions(monkeypatch):
+    monkeypatch.setattr(
+        mixer,
+        "causal_conv1d",
+        SimpleNamespace(forward_bidirectional=convolve, backward_bidirectional=convolve_backward),
+    )
+    monkeypatch.setattr(
+        mixer,
+        "selective_scan",
+        SimpleNamespace(forward_bidirectional=scan, backward_bidirectional=scan_backward),
+    )
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_output_and_every_gradient(shape, scale, definitions, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # A_log in full precision
+    xz, *branches = make(shape, torch.float64)
+    branches = [[x.double().requires_grad_() for x in branch] for branch in branches]
+    xz.requires_grad_()
+    _check(xz, *branches)
+    expected = bidirectional_mixer_reference(xz, *branches, scale)
+    dy = torch.randn_like(expected)
+    leaves = [xz, *branches[0], *branches[1]]
+    expected_gradients = torch.autograd.grad(expected, leaves, dy)
+
+    with torch.no_grad():
+        y, saved = mixer.forward(xz, *branches, scale, True)
+        gradients = mixer.backward(dy, xz, *branches, saved, scale)
+    torch.testing.assert_close(y, expected.detach())
+    specs = [(tuple(x.shape), x.dtype) for x in saved]
+    assert specs == mixer.saved_specs(xz, branches[0])
+    dxz, *pairs = gradients
+    unpacked = [dxz, *(p[0] for p in pairs), *(p[1] for p in pairs)]
+    for actual, wanted in zip(unpacked, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    # PyTorch refuses an op whose outputs share memory.
+    assert len({g.untyped_storage().data_ptr() for g in gradients}) == len(gradients)
+
+
+def test_nothing_is_saved_for_inference(definitions):
+    xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float32)
+    assert mixer.forward(xz, *branches, 0.5, False)[1] == []

@@ -1,0 +1,241 @@
+"""What is particular to the CUDA selective scan: how it shares work out, and both directions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vim.ops import selective_scan, selective_scan_reference
+from vim.ops.cuda import selective_scan as cuda_scan
+
+from .cases import DTYPES, Shape, as_float64, assert_close_to_truth, values_and_gradients
+from .test_selective_scan import make_cotangents, make_inputs, scan
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+
+SHAPES = [
+    Shape(2, 1, 7, N=16),
+    Shape(1, 31, 65, N=1),
+    Shape(2, 32, 40, N=3),
+    Shape(1, 33, 131, N=8),
+    Shape(2, 197, 96, N=16),
+    Shape(1, 40, 24, N=24),
+    Shape(1, 50, 17, N=64),
+    Shape(1, 35, 24, N=100),
+    Shape(1, 19, 9, N=256),
+]
+
+
+def to_device(tensors):
+    return {k: None if x is None else x.to(DEVICE) for k, x in tensors.items()}
+
+
+def check_scan(inputs, cotangents, **options):
+    """Values and gradients of the CUDA backend against the float64 reference, all on the GPU."""
+    inputs, cotangents = to_device(inputs), to_device(cotangents)
+    actual = values_and_gradients(scan, inputs, cotangents, backend="cuda", **options)
+    reference = selective_scan_reference
+    truth = values_and_gradients(reference, as_float64(inputs), as_float64(cotangents), **options)
+    baseline = values_and_gradients(reference, inputs, cotangents, **options)
+    assert_close_to_truth(actual, truth, baseline)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, dtype):
+    reverse = shape.L % 2 == 0
+    check_scan(make_inputs(shape, dtype), make_cotangents(shape, dtype), reverse=reverse)
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 1000, 64, N=16), Shape(1, 1001, 33, N=16)], ids=str)
+def test_long(shape):
+    dtype = torch.bfloat16
+    check_scan(make_inputs(shape, dtype), make_cotangents(shape, dtype), reverse=shape.L % 2 == 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_groups_and_slices(reverse, dtype):
+    shape = Shape(2, 37, 48, N=16, G=3)
+    inputs, cotangents = make_inputs(shape, dtype), make_cotangents(shape, dtype)
+    wide = torch.randn(2, 37, 96).to(dtype)
+    inputs["u"], inputs["z"] = wide.chunk(2, -1)
+    matrices = torch.randn(2, 37, 3, 5 + 32).to(dtype)
+    inputs["B"], inputs["C"] = matrices[..., 5:21], matrices[..., 21:]
+    check_scan(inputs, cotangents, reverse=reverse)
+
+
+def test_aligned_slices():
+    """The layout of the mixer: x and z halves of one projection, B and C slices of another."""
+    shape, dtype = Shape(2, 45, 64, N=16), torch.bfloat16
+    inputs, cotangents = make_inputs(shape, dtype), make_cotangents(shape, dtype)
+    inputs["u"], inputs["z"] = torch.randn(2, 45, 128).to(dtype).chunk(2, -1)
+    _, inputs["B"], inputs["C"] = torch.randn(2, 45, 44).to(dtype).split([12, 16, 16], -1)
+    check_scan(inputs, cotangents)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("range_", ["tiny_dt", "huge_dt", "flat_A", "steep_A", "zeros", "huge_u"])
+def test_ranges(range_, dtype):
+    shape = Shape(1, 70, 24, N=16)
+    inputs, cotangents = make_inputs(shape, dtype), make_cotangents(shape, dtype)
+    if range_ == "tiny_dt":
+        inputs["dt"], inputs["dt_bias"] = inputs["dt"] * 0 - 13.8, None
+    elif range_ == "huge_dt":
+        inputs["dt"] = (torch.rand(shape[:3]) * 50).to(dtype)
+    elif range_ == "flat_A":
+        inputs["A"] = inputs["A"] * 0 - 1e-4
+    elif range_ == "steep_A":
+        inputs["A"] = inputs["A"] * 0 - 1e4
+    elif range_ == "zeros":
+        inputs = {k: x * 0 for k, x in inputs.items()}
+    elif range_ == "huge_u":
+        inputs["u"] = inputs["u"] * 1e3
+    check_scan(inputs, cotangents)
+
+
+WAYS = [(1, 1), (8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (16, 8), (16, 16)]
+WAYS += [(32, 2), (32, 4), (64, 4), (64, 8), (64, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"N{way[0]}-S{way[1]}")
+def test_every_way_to_share_the_work_out(way, reverse, dtype):
+    """Small cases would run with many lanes a channel: here go the ways of large ones."""
+    states, lanes = way
+    inputs = to_device(make_inputs(Shape(2, 149, 72, N=states), dtype))
+    truth = selective_scan_reference(**as_float64(inputs), reverse=reverse)
+    baseline = selective_scan_reference(**inputs, reverse=reverse)
+    start = inputs.pop("initial_state")
+    for chunk in (None, 64):
+        given = cuda_scan._one_direction(**inputs, dt_softplus=True, reverse=reverse)
+        variant = cuda_scan._variant(states, lanes, dtype)
+        y, final = cuda_scan._scan_forward(given, start, True, variant, chunk)
+        actual = {"y": y, "state": final[0]}
+        assert_close_to_truth(
+            actual,
+            dict(zip(actual, truth, strict=True)),
+            dict(zip(actual, baseline, strict=True)),
+        )
+
+
+def both_directions(shape, dtype, options=("D", "z", "dt_bias")):
+    """Inputs of `forward_bidirectional`, and dy."""
+    first, second = make_inputs(shape, dtype), make_inputs(shape, dtype)
+    shared = {"z": first["z"]}
+    inputs = {
+        k: torch.stack([first[k], second[k]]) for k in ("u", "dt", "A", "B", "C", "D", "dt_bias")
+    } | shared
+    inputs = {k: x if k in (*"uABC", "dt", *options) else None for k, x in inputs.items()}
+    return to_device(inputs), make_cotangents(shape, dtype)["y"].to(DEVICE)
+
+
+def merged_reference(u, dt, A, B, C, D, z, dt_bias, dtype):
+    """Both directions merged and gated; `dtype` of the sum, the reference's precision."""
+    y = 0.0
+    for i, reverse in enumerate([False, True]):
+        D_i, bias = (None if x is None else x[i] for x in (D, dt_bias))
+        given = (x.to(dtype) for x in (u[i], dt[i], A[i], B[i], C[i]))
+        y = y + selective_scan_reference(*given, D_i, dt_bias=bias, reverse=reverse)[0]
+    return (0.5 * y * (1 if z is None else F.silu(z.to(dtype)))).to(u.dtype)
+
+
+BOTH = [
+    Shape(2, 1, 8, N=16),
+    Shape(2, 7, 24, N=16),
+    Shape(1, 8, 33, N=16),
+    Shape(2, 9, 64, N=4),
+    Shape(1, 24, 72, N=8),
+    Shape(2, 40, 72, N=16),
+    Shape(2, 197, 136, N=16),
+    Shape(1, 33, 16, N=64),
+    Shape(1, 33, 16, N=1),
+    Shape(1, 21, 8, N=256),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [("D", "z", "dt_bias"), ()], ids=["full", "bare"])
+@pytest.mark.parametrize("shape", BOTH, ids=str)
+def test_both_directions(shape, options, dtype):
+    inputs, dy = both_directions(shape, dtype, options)
+    leaves = {k: v for k, v in inputs.items() if v is not None}
+
+    def reference(wide, **tensors):
+        def function(**tensors):
+            return (merged_reference(**tensors, dtype=wide),)
+
+        cotangents = {"y": dy.to(next(iter(tensors.values())).dtype)}
+        return values_and_gradients(function, tensors, cotangents)
+
+    truth = reference(torch.float64, **as_float64(inputs))
+    baseline = reference(torch.float32, **inputs)
+    order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    arguments = [inputs[k] for k in order]
+    actual = {"y": cuda_scan.forward_bidirectional(*arguments)}
+    gradients = dict(zip(order, cuda_scan.backward_bidirectional(dy, *arguments), strict=True))
+    actual |= {f"d{k}": gradients[k].to(leaves[k].dtype) for k in inputs if k in leaves}
+    assert_close_to_truth(actual, truth, baseline)
+
+
+@pytest.mark.parametrize("shape", [Shape(2, 100, 72, N=16), Shape(2, 100, 71, N=16)], ids=str)
+def test_repeats_are_equal_bit_for_bit(shape):
+    inputs, dy = both_directions(shape, torch.bfloat16)
+    arguments = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    first = (
+        cuda_scan.forward_bidirectional(*arguments),
+        *cuda_scan.backward_bidirectional(dy, *arguments),
+    )
+    for _ in range(3):
+        again = (
+            cuda_scan.forward_bidirectional(*arguments),
+            *cuda_scan.backward_bidirectional(dy, *arguments),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_two_halves_make_a_whole():
+    inputs = to_device(make_inputs(Shape(2, 96, 40, N=16), torch.bfloat16))
+    start = inputs.pop("initial_state")
+    y, final = scan(**inputs, initial_state=start, backend="cuda")
+    along = ("u", "dt", "B", "C", "z")
+    halves, state = [], start
+    for cut in (slice(0, 41), slice(41, None)):
+        part = {k: v[:, cut] if k in along else v for k, v in inputs.items()}
+        half, state = scan(**part, initial_state=state, backend="cuda")
+        halves.append(half)
+    torch.testing.assert_close(torch.cat(halves, 1), y, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
+
+
+def test_graph_capture_and_side_stream():
+    inputs, dy = both_directions(Shape(2, 50, 64, N=16), torch.bfloat16)
+    arguments = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    expected = cuda_scan.forward_bidirectional(*arguments)
+    gradients = cuda_scan.backward_bidirectional(dy, *arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(cuda_scan.forward_bidirectional(*arguments), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda_scan.forward_bidirectional(*arguments)
+        captured = cuda_scan.backward_bidirectional(dy, *arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(captured, gradients, strict=True))
+
+
+def test_more_than_two_to_the_31_elements():
+    shape = Shape(1, 45000, 48000, N=1)
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    u = torch.ones(shape[:3], dtype=torch.bfloat16, device=DEVICE)
+    A, B = torch.zeros(48000, 1, device=DEVICE), u[:, :, :1].contiguous()
+    y = selective_scan(u, u, A, B, B, dt_softplus=False, backend="cuda")
+    expected = torch.arange(1, 45001, device=DEVICE).to(torch.bfloat16)
+    assert torch.equal(y[0, :, -1], expected)
+    assert torch.equal(y[0, :, 0], expected)

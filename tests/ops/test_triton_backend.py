@@ -1,0 +1,261 @@
+"""The Triton backend against the float64 reference, forward and every gradient.
+
+Without a GPU the same tests run in Triton's interpreter, on smaller shapes and in a process of
+their own, since Triton decides at its import whether to interpret. Casts to bfloat16, which the
+interpreter truncates instead of rounding, are for the GPU alone.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vim.ops import (
+    add_norm,
+    add_norm_reference,
+    causal_conv1d,
+    causal_conv1d_reference,
+    selective_scan,
+    selective_scan_reference,
+)
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+on_device = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="Triton's kernels need a GPU"
+    ),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
+@pytest.mark.parametrize(
+    ("dtype", "message"), [(torch.float64, "not torch.float64"), (torch.float32, "run on a GPU")]
+)
+def test_what_cannot_be_served_says_why(dtype, message):
+    x = torch.zeros(1, 2, 3, dtype=dtype)
+    with pytest.raises(RuntimeError, match=message):
+        causal_conv1d(x, torch.zeros(3, 2), backend="triton")
+
+
+def rand(*shape, dtype=torch.float32, layout="contiguous"):
+    """Return normal values of a shape, laid out as named."""
+    if layout == "transposed":  # what a (B, D, L) tensor is to a channels-last op
+        return torch.randn(*shape[:-2], shape[-1], shape[-2], device=DEVICE).to(dtype).mT
+    if layout == "sliced":  # what one of several chunks of a projection is
+        return torch.randn(*shape[:-1], 2 * shape[-1] + 1, device=DEVICE).to(dtype)[..., 1::2]
+    if layout == "expanded":
+        return (
+            torch.randn(*shape[:1], *[1] * (len(shape) - 1), device=DEVICE).to(dtype).expand(shape)
+        )
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def differentiate(function, tensors, output_gradients, cast=None):
+    """Return the outputs of a function and the gradients of its tensors, by name."""
+    leaves = {}
+    for name, tensor in tensors.items():
+        leaf = tensor.detach() if cast is None else tensor.detach().to(cast)
+        leaves[name] = leaf.requires_grad_()
+    outputs = function(**leaves)
+    torch.autograd.backward(
+        outputs, [g.to(y.dtype) for g, y in zip(output_gradients, outputs, strict=True)]
+    )
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def check(op, reference, tensors, output_gradients):
+    """Assert that outputs and gradients are as near the truth as a float32 reference's."""
+    results = differentiate(op, tensors, output_gradients)
+    truth = differentiate(reference, tensors, output_gradients, torch.float64)
+    baseline = differentiate(reference, tensors, output_gradients, torch.float32)
+    for name, result in results.items():
+        expected = truth[name]
+        rounded = baseline[name].to(result.dtype).double()
+        ulp = torch.finfo(result.dtype).eps
+        for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
+            if expected.numel() == 0:
+                continue
+            allowed = 3 * norm(rounded - expected) + 4 * ulp * norm(expected)
+            error = norm(result.double() - expected)
+            assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}"
+
+    again = differentiate(op, tensors, output_gradients)
+    for name, result in results.items():
+        assert torch.equal(result, again[name]), f"{name} differs when computed again"
+
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+# B, L, D, N, groups (0: no such dimension), dtype, reverse, optional tensors, layout
+SCANS = (
+    [
+        (3, 1, 5, 1, 0, F32, False, True, "contiguous"),
+        (2, 5, 6, 3, 2, F32, True, True, "transposed"),
+        (1, 7, 10, 16, 0, F16, False, True, "sliced"),
+        (2, 4, 33, 5, 1, F16, True, False, "expanded"),
+        (1, 67, 4, 2, 0, F32, True, True, "contiguous"),
+        (1, 3, 9, 70, 0, F32, False, True, "contiguous"),
+    ]
+    if INTERPRETED
+    else [
+        (2, 1, 35, 1, 0, F32, False, True, "contiguous"),
+        (2, 197, 192, 16, 0, BF16, False, True, "contiguous"),
+        (2, 197, 192, 16, 0, BF16, True, True, "contiguous"),
+        (2, 197, 192, 16, 0, F32, True, True, "contiguous"),
+        (2, 197, 192, 16, 0, F32, False, False, "contiguous"),
+        (2, 197, 64, 16, 4, F16, True, True, "transposed"),
+        (3, 63, 35, 8, 0, BF16, False, True, "sliced"),
+        (3, 65, 35, 16, 5, F32, True, False, "expanded"),
+        (1, 1000, 37, 33, 0, F32, False, True, "contiguous"),
+        (2, 129, 19, 64, 0, F16, True, True, "contiguous"),
+        (1, 66, 24, 256, 0, F32, False, True, "contiguous"),
+    ]
+)
+
+
+@pytest.mark.parametrize("case", SCANS, ids=lambda case: "-".join(map(str, case)))
+class TestSelectiveScan:
+    pytestmark = on_device
+
+    def test_matches_the_reference(self, case):
+        batch, length, channels, state, groups, dtype, reverse, optional, layout = case
+        torch.manual_seed(0)
+        big = (batch, length, channels)
+        grouped = (batch, length, state) if groups == 0 else (batch, length, groups, state)
+        tensors = {
+            "u": rand(*big, dtype=dtype, layout=layout),
+            "dt": rand(*big, dtype=dtype, layout=layout),
+            "A": -rand(channels, state).exp(),
+            "B": rand(*grouped, dtype=dtype, layout=layout),
+            "C": rand(*grouped, dtype=dtype, layout=layout),
+        }
+        if optional:
+            tensors["D"] = rand(channels)
+            tensors["z"] = rand(*big, dtype=dtype, layout=layout)
+            tensors["dt_bias"] = rand(channels) - 4
+            tensors["initial_state"] = rand(batch, channels, state, layout=layout)
+        options = {"reverse": reverse, "dt_softplus": optional or length == 1}
+        if not options["dt_softplus"]:
+            tensors["dt"] = tensors["dt"].abs() / 10
+
+        check(
+            lambda **t: selective_scan(**t, **options, return_final_state=True, backend="triton"),
+            lambda **t: selective_scan_reference(**t, **options),
+            tensors,
+            [rand(*big, dtype=dtype, layout=layout), rand(batch, channels, state)],
+        )
+
+
+# B, L, D, K, dtype, activation, reverse, optional tensors, layout
+CONVOLUTIONS = (
+    [
+        (1, 1, 3, 4, F32, "silu", False, True, "contiguous"),
+        (2, 5, 6, 1, F32, "silu", True, True, "transposed"),
+        (2, 40, 5, 4, F16, "silu", True, True, "sliced"),
+        (1, 34, 66, 3, F32, None, False, False, "expanded"),
+        (1, 7, 4, 2, F32, "silu", False, False, "contiguous"),
+    ]
+    if INTERPRETED
+    else [
+        (2, 1, 35, 4, F32, "silu", False, True, "contiguous"),
+        (2, 197, 192, 4, BF16, "silu", False, True, "contiguous"),
+        (2, 197, 192, 4, BF16, "silu", True, False, "contiguous"),
+        (3, 1000, 67, 4, F32, "silu", True, True, "sliced"),
+        (3, 63, 64, 3, F16, None, False, False, "transposed"),
+        (3, 65, 65, 2, F32, None, True, True, "expanded"),
+        (1, 33, 5, 1, F32, "silu", False, False, "contiguous"),
+        (1, 33, 5, 7, F32, "silu", False, True, "contiguous"),
+    ]
+)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: "-".join(map(str, case)))
+class TestCausalConv1d:
+    pytestmark = on_device
+
+    def test_matches_the_reference(self, case):
+        batch, length, channels, width, dtype, activation, reverse, optional, layout = case
+        torch.manual_seed(0)
+        big, past = (batch, length, channels), (batch, width - 1, channels)
+        tensors = {
+            "x": rand(*big, dtype=dtype, layout=layout),
+            "weight": rand(channels, width, layout=layout),
+        }
+        if optional:
+            tensors["bias"] = rand(channels)
+            tensors["initial_state"] = rand(*past, dtype=dtype, layout=layout)
+        options = {"activation": activation, "reverse": reverse}
+
+        check(
+            lambda **t: causal_conv1d(**t, **options, return_final_state=True, backend="triton"),
+            lambda **t: causal_conv1d_reference(**t, **options),
+            tensors,
+            [rand(*big, dtype=dtype, layout=layout), rand(*past, dtype=dtype)],
+        )
+
+
+# shape, dtype, dtype of the residual, kind, optional tensors, layout
+NORMS = (
+    [
+        ((1, 1), F32, F32, "rms", True, "contiguous"),
+        ((2, 3, 33), F32, F32, "layer", True, "transposed"),
+        ((3, 2, 64), F16, F32, "rms", True, "sliced"),
+        ((2, 600, 5), F32, F32, "layer", False, "expanded"),
+        ((2, 5), F16, F16, "rms", False, "contiguous"),
+    ]
+    if INTERPRETED
+    else [
+        ((1, 1), F32, F32, "rms", True, "contiguous"),
+        ((8, 197, 192), BF16, F32, "rms", True, "contiguous"),
+        ((8, 197, 384), BF16, BF16, "rms", False, "contiguous"),
+        ((8, 197, 384), F16, F32, "layer", True, "transposed"),
+        ((5, 77, 65), F32, F32, "layer", True, "sliced"),
+        ((5, 77, 1000), F32, F32, "rms", False, "expanded"),
+        ((3, 5000), F32, F32, "layer", True, "contiguous"),
+    ]
+)
+
+
+@pytest.mark.parametrize("case", NORMS, ids=lambda case: "-".join(map(str, case)))
+class TestAddNorm:
+    pytestmark = on_device
+
+    def test_matches_the_reference(self, case):
+        shape, dtype, residual_dtype, kind, optional, layout = case
+        torch.manual_seed(0)
+        tensors = {"x": rand(*shape, dtype=dtype, layout=layout), "weight": rand(shape[-1])}
+        tensors["residual"] = None
+        if optional:
+            tensors["residual"] = rand(*shape, dtype=residual_dtype, layout=layout)
+            tensors["bias"] = rand(shape[-1])
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        options = {"eps": 1e-5, "kind": kind, "residual_dtype": residual_dtype}
+
+        def call(op, options, residual=None, **tensors):
+            return op(residual=residual, **tensors, **options)
+
+        check(
+            lambda **t: call(add_norm, options | {"backend": "triton"}, **t),
+            lambda **t: call(add_norm_reference, options, **t),
+            tensors,
+            [rand(*shape, dtype=dtype, layout=layout), rand(*shape, dtype=residual_dtype)],
+        )

@@ -1,0 +1,440 @@
+"""The selective scan on CUDA: how kernels/cuda/selective_scan*.cu are specialised and launched.
+
+Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), G groups of B and C.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._compile import DTYPES, get_kernel, launch, unavailable
+
+__all__ = [
+    "backward",
+    "backward_bidirectional",
+    "forward",
+    "forward_bidirectional",
+    "instantiations",
+    "saved_shape",
+    "unavailable",
+]
+
+OUTPUT, STATES_ONLY, STATES_AND_DZ = range(3)
+"""What the forward kernel writes: `Mode` in selective_scan.cu."""
+
+
+class Variant(NamedTuple):
+    """How the forward kernel shares the work out."""
+
+    states: int
+    """NS, states of a channel in a lane's registers."""
+    lanes: int
+    """S, lanes that share a channel: NS * S is N, rounded up to a power of two."""
+    channels: int
+    """CPT, channels in a lane's registers."""
+    block_channels: int
+    """CH, channels of a block."""
+    tile: int
+    """T, tokens that are staged in shared memory together."""
+    min_blocks: int
+    """Blocks of both directions that a multiprocessor must hold, which bounds the registers."""
+
+
+def _rounded_states(states: int) -> int:
+    return 1 << (states - 1).bit_length()
+
+
+def _tile(states: int, lanes: int, dtype: torch.dtype) -> int:
+    # 16 bytes a state and token for two stages of B and C: at most 16 KB a direction, so that
+    # everything stays below the 48 KB that a block has without asking.
+    wanted = 16 if lanes <= 4 else 32
+    return min(wanted if dtype.itemsize == 2 else wanted // 2, 512 // states)
+
+
+def _variant(states: int, lanes: int, dtype: torch.dtype, tile: int | None = None) -> Variant:
+    block_channels = 64 if lanes == 1 else 32 if lanes <= 4 else 16 if lanes <= 8 else 8
+    if lanes == 1:
+        tile = tile or 8
+    tile = tile or _tile(states, lanes, dtype)
+    if dtype.itemsize == 2 and states == 16:
+        if lanes == 1:
+            return Variant(16, 1, 1, 64, tile, 4)
+        if lanes == 2:
+            return Variant(8, 2, 1, 32, tile, 4)
+        if lanes == 8:
+            return Variant(2, 8, 2, 16, tile, 4)
+    # Sixteen states of a float32 scan need more registers than two blocks of 256 threads leave.
+    min_blocks = 1 if lanes >= 4 and states // lanes == 16 else 2
+    return Variant(states // lanes, lanes, 1, block_channels, tile, min_blocks)
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def _forward_kernel(variant: Variant, directions: int, mode: int, softplus: bool, dtype) -> str:
+    numbers = ", ".join(map(str, (*variant[:5], directions, mode)))
+    flag = "true" if softplus else "false"
+    return f"selective_scan_fwd_kernel<{DTYPES[dtype]}, {numbers}, {flag}, {variant.min_blocks}>"
+
+
+class _Scan:
+    """The tensors of a scan in one or two directions, as the kernels take them.
+
+    Everything that is done to inputs so that the kernels can read them is done here.
+
+    Args:
+        u, dt: (dirs, B, L, D).
+        A: (dirs, D, N). D, dt_bias: (dirs, D).
+        B, C: (dirs, B, L, N) or (dirs, B, L, G, N).
+        z, dy: (B, L, D), shared by the directions.
+    """
+
+    def __init__(self, u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, dy=None):
+        dtypes = {x.dtype for x in (u, dt, B, C, z, dy) if x is not None}
+        # Inputs of several dtypes meet in float32, which loses nothing.
+        self.dtype = u.dtype if len(dtypes) == 1 else torch.float32
+
+        def activation(x):
+            if x is None:
+                return None
+            x = x.to(self.dtype)
+            return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+        def parameter(x):
+            return None if x is None else x.float().contiguous()
+
+        self.u, self.dt, self.z, self.dy = map(activation, (u, dt, z, dy))
+        self.B, self.C = (activation(x if x.dim() == 5 else x.unsqueeze(3)) for x in (B, C))
+        self.A, self.D, self.dt_bias = map(parameter, (A, D, dt_bias))
+        self.directions, self.batch, self.length, self.channels = u.shape
+        self.groups, self.states = self.B.shape[3:]
+        self.softplus, self.reverse, self.scale = dt_softplus, reverse, scale
+        self.device = u.device
+        group_channels = self.channels // self.groups
+        rows = [x for x in (self.u, self.dt, self.z, self.dy) if x is not None]
+        vector = 16 // self.dtype.itemsize
+        self.vector_rows = group_channels % vector == 0 and _aligned(rows, vector)
+        self.vector_bc = self.states % 4 == 0 and _aligned((self.B, self.C), 4)
+
+    def chunk_states(self, chunks: int) -> Tensor:
+        shape = (self.directions, self.batch, chunks, self.channels, self.states)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def run(self, variant, mode, y, *, chunk, start=None, end=None, sums=None, tile_states=None):
+        name = _forward_kernel(variant, self.directions, mode, self.softplus, self.dtype)
+        chunks = -(-self.length // chunk)
+        group_blocks = -(-(self.channels // self.groups) // variant.block_channels)
+        blocks = group_blocks * self.groups * chunks * self.batch
+        threads = variant.block_channels // variant.channels * variant.lanes * self.directions
+        launch(
+            get_kernel("selective_scan", name, self.device.index),
+            (blocks, 1, 1),
+            (threads, 1, 1),
+            0,
+            *self.arguments(chunk, chunks, start, y, end, sums, tile_states),
+        )
+
+    def arguments(self, chunk, chunks, start, y, end, sums, tile_states):
+        """ScanParams of selective_scan.cuh."""
+        u, dt, z, dy, B, C = self.u, self.dt, self.z, self.dy, self.B, self.C
+        strides = (*u.stride()[:3], *dt.stride()[:3])
+        strides += (0, 0) if z is None else z.stride()[:2]
+        strides += (0, 0) if dy is None else dy.stride()[:2]
+        return (
+            *(u, dt, z, dy, B, C, self.A, self.D, self.dt_bias, start, y, end, sums, tile_states),
+            *(self.batch, self.length, self.channels, self.states, self.groups),
+            *(chunk, chunks, self.reverse, self.vector_rows, self.vector_bc),
+            all(_is_vector(x, self.states) for x in (self.A, start)),
+            *(*strides, *B.stride()[:4], *C.stride()[:4]),
+            float(self.scale),
+        )
+
+
+def _is_vector(x: Tensor | None, states: int) -> bool:
+    return x is None or (states % 4 == 0 and x.data_ptr() % 16 == 0)
+
+
+def _aligned(tensors, elements: int) -> bool:
+    """Whether every row of `tensors` starts at a multiple of `elements` elements."""
+    return all(
+        x.data_ptr() % (elements * x.element_size()) == 0
+        and all(s % elements == 0 for s in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def _scan_forward(scan: _Scan, initial_state=None, want_final=False, variant=None, chunk=None):
+    """Return (y, final states (dirs, B, D, N) or None)."""
+    if variant is None:
+        variant, chunk = _plan(scan)
+    chunk = chunk or scan.length
+    shape = (scan.batch, scan.length, scan.channels)
+    y = torch.empty(shape, dtype=scan.dtype, device=scan.device)
+    if chunk < scan.length:
+        start, final = _chunk_starts(scan, variant, chunk, initial_state, want_final)
+        scan.run(variant, OUTPUT, y, chunk=chunk, start=start)
+        return y, final
+    end = scan.chunk_states(1) if want_final else None
+    scan.run(variant, OUTPUT, y, chunk=chunk, start=initial_state, end=end)
+    return y, None if end is None else end[:, :, 0]
+
+
+def _plan(scan: _Scan, tile: int | None = None) -> tuple[Variant, int]:
+    """Return how to share the work out, and into chunks of how many tokens to cut L.
+
+    The fewer lanes share a channel, the fewer instructions an exponential costs; what is wanted is
+    the fewest that fill the chip. Measured on an H100; see benchmarks/NOTES-scan.md.
+    """
+    states = _rounded_states(scan.states)
+    fewest, most = max(1, states // 16), max(1, states // 16, min(states, 16))
+    sequences = scan.directions * scan.batch * scan.channels
+    # What a multiprocessor gets, in sequences of 16 states.
+    share = sequences * fewest / _multiprocessors(scan.device.index)
+    chunk = scan.length
+    if share >= 300:
+        split = 1
+    elif tile is None and 0 < share < 70 and scan.length >= 1024:
+        # So few sequences that scanning twice, in chunks, beats more lanes.
+        split = 1
+        wanted = math.ceil(1000 / share)
+        chunk = max(256, 64 * math.ceil(scan.length / wanted / 64))
+    else:
+        split = 2 if share >= 130 else 8 if share >= 12 else 16
+    lanes = min(fewest * split, most)
+    return _variant(states, lanes, scan.dtype, tile), min(chunk, scan.length)
+
+
+def _chunk_starts(scan: _Scan, variant, chunk, initial_state, want_final):
+    """Return the states before each chunk (dirs, B, chunks, D, N), and the final states.
+
+    The chunks are scanned from zero, all at once; then their ends are carried over.
+    """
+    chunks = -(-scan.length // chunk)
+    end, start = scan.chunk_states(chunks), scan.chunk_states(chunks)
+    sums = torch.empty(end.shape[:-1], dtype=torch.float32, device=scan.device)
+    scan.run(variant, STATES_ONLY, None, chunk=chunk, end=end, sums=sums)
+    final = scan.chunk_states(1)[:, :, 0] if want_final else None
+    rows = scan.directions * scan.batch
+    first_reverse_row = scan.batch if scan.directions == 2 else 0 if scan.reverse else rows
+    threads = 256
+    launch(
+        get_kernel("selective_scan", "selective_scan_carry_kernel", scan.device.index),
+        (-(-rows * scan.channels * scan.states // threads), 1, 1),
+        (threads, 1, 1),
+        0,
+        *(scan.A, initial_state, end, sums, start, final),
+        *(rows, scan.batch, scan.channels, scan.states, chunks, first_reverse_row),
+    )
+    return start, final
+
+
+class BackwardVariant(NamedTuple):
+    """How the backward kernel shares the work out; letters as in `Variant`."""
+
+    states: int
+    lanes: int
+    channels: int
+    block_channels: int
+    tile: int
+    held: int
+    """HELD, tokens whose decays are in registers at a time."""
+    min_blocks: int
+
+
+def _backward_variant(states: int, dtype: torch.dtype) -> BackwardVariant:
+    tile = 8 if states <= 64 else 512 // states
+    held = min(4, tile)
+    if states >= 128:
+        return BackwardVariant(states // 32, 32, 1, 8, tile, held, 1)
+    lanes = max(1, states // 4)
+    channels = 2 if lanes > 1 else 1
+    threads = 64 if lanes <= 2 and dtype == torch.float32 else 128  # shared memory: below 48 KB
+    block_channels = threads * channels // lanes
+    min_blocks = 3 if states == 16 and dtype.itemsize == 2 else 2
+    return BackwardVariant(
+        states // lanes,
+        lanes,
+        channels,
+        block_channels,
+        tile,
+        held,
+        min_blocks,
+    )
+
+
+def _backward_kernel(variant: BackwardVariant, softplus: bool, dtype) -> str:
+    numbers = ", ".join(map(str, variant[:6]))
+    flag = "true" if softplus else "false"
+    return f"selective_scan_bwd_kernel<{DTYPES[dtype]}, {numbers}, {flag}, {variant.min_blocks}>"
+
+
+def _scan_backward(
+    scan: _Scan, initial_state=None, dend=None, variant=None, forward_variant=None, want_start=None
+):
+    """Return du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, with a row a direction.
+
+    Two passes: the forward recurrence again, which leaves the state before each tile and the
+    gradient of z; then the adjoint one.
+    """
+    states = _rounded_states(scan.states)
+    variant = variant or _backward_variant(states, scan.dtype)
+    forward_variant = forward_variant or _plan(scan, variant.tile)[0]
+    tiles = -(-scan.length // variant.tile)
+    dirs, batch, length, channels = scan.directions, scan.batch, scan.length, scan.channels
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=scan.device)
+
+    dz = None if scan.z is None else empty(batch, length, channels, dtype=scan.dtype)
+    tile_states = empty(dirs, batch, tiles, channels * states)
+    mode = STATES_ONLY if dz is None else STATES_AND_DZ
+    scan.run(forward_variant, mode, dz, chunk=length, start=initial_state, tile_states=tile_states)
+
+    blocks = -(-(channels // scan.groups) // variant.block_channels)
+    du, ddt = (empty(dirs, batch, length, channels, dtype=scan.dtype) for _ in range(2))
+    dBC = empty(blocks, dirs, batch, length, scan.groups, 2, scan.states)
+    dA = empty(dirs, batch, channels, scan.states)
+    dD, dbias = empty(dirs, batch, channels), empty(dirs, batch, channels)
+    dstart = empty(dirs, batch, channels, scan.states) if want_start else None
+    launch(
+        get_kernel(
+            "selective_scan_bwd",
+            _backward_kernel(variant, scan.softplus, scan.dtype),
+            scan.device.index,
+        ),
+        (blocks * scan.groups * batch * dirs, 1, 1),
+        (variant.block_channels // variant.channels * variant.lanes, 1, 1),
+        0,
+        *scan.arguments(length, 1, initial_state, dz, None, None, tile_states),
+        *(dend, dstart, du, ddt, dBC, dA, dD, dbias),
+    )
+    dBC = dBC.sum(0) if blocks > 1 else dBC[0]
+    dB, dC = dBC.unbind(-2)
+    return du, ddt, dA.sum(1), dB, dC, dD.sum(1), dz, dbias.sum(1), dstart
+
+
+def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_states):
+    """Return (y, final_state, saved); signature and contract of the op's reference.
+
+    Nothing is saved: the backward runs the recurrence once more, which costs less than keeping
+    the states of every layer.
+    """
+    scan = _one_direction(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse)
+    y, final = _scan_forward(scan, _state(initial_state), want_final=True)
+    return y.to(u.dtype), final[0], final.new_empty(0)
+
+
+def backward(dy, dstate, u, dt, A, B, C, D, z, dt_bias, initial_state, saved, dt_softplus, reverse):
+    """Return the gradients of the nine tensors; signature of the op's reference."""
+    scan = _one_direction(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, dy)
+    du, ddt, dA, dB, dC, dD, dz, dbias, dstart = _scan_backward(
+        scan, _state(initial_state), _state(dstate), want_start=initial_state is not None
+    )
+    # dB and dC lie interleaved in one tensor, and an op's outputs must not share memory.
+    dB, dC = (
+        g[0].to(x.dtype, copy=True, memory_format=torch.contiguous_format).view(x.shape)
+        for g, x in ((dB, B), (dC, C))
+    )
+    return (
+        *(du[0], ddt[0], dA[0], dB, dC),
+        *(None if D is None else dD[0], dz, None if dt_bias is None else dbias[0]),
+        None if dstart is None else dstart[0],
+    )
+
+
+def _one_direction(u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, dy=None) -> _Scan:
+    one = [x if x is None else x.unsqueeze(0) for x in (u, dt, A, B, C, D)]
+    bias = None if dt_bias is None else dt_bias.unsqueeze(0)
+    return _Scan(*one, z, bias, dt_softplus, reverse, 1.0, dy)
+
+
+def _state(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def forward_bidirectional(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float = 0.5,
+    dt_softplus: bool = True,
+) -> Tensor:
+    """Return scale * (forward scan + reverse scan) * silu(z): (B, L, D), in one launch.
+
+    Args:
+        u, dt: (2, B, L, D), forward's and reverse's; any strides but 1 along D.
+        A: (2, D, N). D, dt_bias: (2, D).
+        B, C: (2, B, L, N) or (2, B, L, G, N).
+        z: (B, L, D), shared by both.
+    """
+    scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale)
+    return _scan_forward(scan)[0].to(u.dtype)
+
+
+def backward_bidirectional(
+    dy: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float = 0.5,
+    dt_softplus: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `forward_bidirectional`'s eight tensors, in their shapes.
+
+    du, ddt and dz have the dtype of `u` (float32 where the inputs are of several dtypes), the
+    others are float32.
+
+    Args:
+        dy: (B, L, D) gradient of the merged, gated output.
+        u, dt, A, B, C, D, z, dt_bias, scale, dt_softplus: as in `forward_bidirectional`.
+    """
+    scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dy)
+    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(scan)
+    return (
+        *(du, ddt, dA, dB.view(B.shape), dC.view(C.shape)),
+        *(None if D is None else dD, dz, None if dt_bias is None else dbias),
+    )
+
+
+def saved_shape(batch: int, length: int, channels: int, state: int) -> tuple[int, ...]:
+    return (0,)
+
+
+def instantiations() -> list[tuple[str, str]]:
+    """Return (source, kernel name) of the specialised kernels, for CI to compile."""
+    kernels = [("selective_scan", "selective_scan_carry_kernel")]
+
+    def add(states, lanes, dtype, directions, mode):
+        tile = None if mode == OUTPUT else _backward_variant(states, dtype).tile
+        variant = _variant(states, lanes, dtype, tile)
+        name = _forward_kernel(variant, directions, mode, True, dtype)
+        kernels.append(("selective_scan", name))
+
+    for dtype in (torch.float32, torch.bfloat16):  # float16 compiles as bfloat16 does
+        for states in (1, 8, 16, 64):
+            backward = _backward_variant(states, dtype)
+            kernels.append(("selective_scan_bwd", _backward_kernel(backward, True, dtype)))
+            fewest = max(1, states // 16)
+            add(states, fewest, dtype, 1, OUTPUT)
+            add(states, fewest, dtype, 2, OUTPUT)
+            add(states, fewest, dtype, 2, STATES_AND_DZ)
+        for lanes in (2, 8, 16):
+            add(16, lanes, dtype, 2, OUTPUT)
+            add(16, lanes, dtype, 2, STATES_AND_DZ)
+        add(16, 1, dtype, 2, STATES_ONLY)
+    return kernels

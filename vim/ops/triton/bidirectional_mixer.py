@@ -1,0 +1,12 @@
+"""The inside of Vim's mixer, composed of this backend's convolution and scan."""
+
+from vim.ops._mixer_composition import MixerComposition
+
+from . import causal_conv1d, selective_scan, unavailable
+
+__all__ = ["backward", "forward", "saved_specs", "unavailable"]
+
+_composition = MixerComposition(causal_conv1d, selective_scan)
+forward = _composition.forward
+backward = _composition.backward
+saved_specs = _composition.saved_specs
