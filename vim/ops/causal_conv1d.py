@@ -40,7 +40,7 @@ def causal_conv1d(
 
     Args:
         x: (B, L, D) input.
-        weight: (D, K), K at least 1; the compiled backends serve 2 to 4, the reference any.
+        weight: (D, K), K at least 1; the CUDA kernels serve up to 16.
         bias: (D,).
         activation: None or "silu".
         reverse: whether the past of a token is what comes after it, as for a scan from the end.
