@@ -270,6 +270,11 @@ def test_export(variant, dynamic):
         assert_close(exported(x), model(x))
 
 
+@pytest.mark.skipif(
+    "is_exporting" not in vars(timm.layers.pos_embed),
+    reason="this timm resamples position embeddings for the size of the example alone",
+)
+@torch.no_grad()  # what a backward would need has sizes that tie the program to the example's
 def test_export_of_any_size():
     model = make("dynamic", dynamic_img_pad=False)
     height, width = (8 * torch.export.Dim(name, min=2, max=20) for name in ("rows", "columns"))

@@ -10,15 +10,9 @@ from torch import Tensor
 
 
 def needs_grad(tensors: list[Tensor | None]) -> bool:
-    """Whether autograd will ask for a gradient of any of `tensors`.
-
-    An exported program is for inference: what a backward needs would be dead weight in it.
-    """
+    """Whether autograd will ask for a gradient of any of `tensors`."""
     if not torch.is_grad_enabled():
         return False
-    if not torch.jit.is_scripting():  # noqa: SIM102, since TorchScript compiles what `and` joins
-        if torch.compiler.is_exporting():
-            return False
     for tensor in tensors:  # noqa: SIM110, since TorchScript has no generator expressions
         if tensor is not None and tensor.requires_grad:
             return True
