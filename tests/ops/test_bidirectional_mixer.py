@@ -111,6 +111,22 @@ def test_nothing_is_saved_where_no_gradient_is_asked():
     assert saved == []
 
 
+def test_autocast_leaves_the_op_alone(backend):
+    """What autocast lowers is the projections around it, whose result brings the dtype along."""
+    xz, *branches = make(SHAPES["B2-L33-D40-N16"], torch.float32)
+    branches = [x for branch in branches for x in branch]
+    dy = torch.randn(2, 33, 40)
+    expected = run(
+        bidirectional_mixer, xz, branches, dy, None, backend.device, backend=backend.name
+    )
+    with torch.autocast(backend.device.type, torch.bfloat16):
+        actual = run(
+            bidirectional_mixer, xz, branches, dy, None, backend.device, backend=backend.name
+        )
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 def test_compiles_in_one_graph():
     xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float32)
     compiled = torch.compile(bidirectional_mixer, fullgraph=True, backend="aot_eager")

@@ -162,7 +162,9 @@ def _bidirectional_mixer(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return (y, saved): with `save`, `saved` is what the backward needs."""
     _check(xz, forward_branch, backward_branch)
-    return _resolve(backend, xz).forward(xz, forward_branch, backward_branch, merge_scale, save)
+    forward = _resolve(backend, xz).forward
+    with torch.autocast(xz.device.type, enabled=False):  # products are in the dtype of xz
+        return forward(xz, forward_branch, backward_branch, merge_scale, save)
 
 
 @_bidirectional_mixer.register_fake
@@ -189,7 +191,8 @@ def _bidirectional_mixer_bwd(
     """Return the gradient of xz, then that of each of `BRANCH` with a row a direction."""
     backend_ = _resolve(backend, xz)
     check_saved(saved, [shape for shape, _ in backend_.saved_specs(xz, forward_branch)])
-    gradients = backend_.backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
+    with torch.autocast(xz.device.type, enabled=False):
+        gradients = backend_.backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
     return pack_gradients(gradients, (xz, *forward_branch))
 
 
