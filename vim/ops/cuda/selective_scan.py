@@ -3,14 +3,13 @@
 Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), G groups of B and C.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, get_kernel, launch, unavailable
+from ._compile import DTYPES, get_kernel, launch, multiprocessors, unavailable
 
 __all__ = [
     "backward",
@@ -69,11 +68,6 @@ def _variant(states: int, lanes: int, dtype: torch.dtype, tile: int | None = Non
     # Sixteen states of a float32 scan need more registers than two blocks of 256 threads leave.
     min_blocks = 1 if lanes >= 4 and states // lanes == 16 else 2
     return Variant(states // lanes, lanes, 1, block_channels, tile, min_blocks)
-
-
-@functools.cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def _forward_kernel(variant: Variant, directions: int, mode: int, softplus: bool, dtype) -> str:
@@ -194,7 +188,7 @@ def _plan(scan: _Scan, tile: int | None = None) -> tuple[Variant, int]:
     fewest, most = max(1, states // 16), max(1, states // 16, min(states, 16))
     sequences = scan.directions * scan.batch * scan.channels
     # What a multiprocessor gets, in sequences of 16 states.
-    share = sequences * fewest / _multiprocessors(scan.device.index)
+    share = sequences * fewest / multiprocessors(scan.device.index)
     chunk = scan.length
     if share >= 300:
         split = 1
