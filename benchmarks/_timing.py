@@ -6,10 +6,12 @@ replays of the graphs of all cases are timed in turn, so that a drift of the clo
 """
 
 import json
+import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -71,21 +73,36 @@ def copy_bandwidth() -> float:
 
 
 def machine() -> dict[str, str]:
+    """Return what a figure depends on; VIM_COMMIT names the commit where there is no git."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
-        "commit": commit.stdout.strip() or "not in a git checkout",
+        "commit": commit or os.environ.get("VIM_COMMIT", "not in a git checkout"),
     }
 
 
-def report(rows: list[dict], as_json: bool) -> str:
-    """Return rows as text: one JSON object, or a table under a line about the machine."""
-    if as_json:
-        return json.dumps({"machine": machine(), "rows": rows}, indent=1)
+def multiprocessor_clock() -> float:
+    """Return the highest clock of the multiprocessors in Hz, which an H100 holds in these loads."""
+    command = [
+        "nvidia-smi",
+        "--query-gpu=clocks.max.sm",
+        "--format=csv,noheader,nounits",
+        "-i",
+        "0",
+    ]
+    text = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True).stdout
+    return float(text) * 1e6
+
+
+def report(rows: list[dict], path: Path | None = None) -> str:
+    """Return rows as a table under a line about the machine; write them as JSON to `path`, too."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     lines = [", ".join(f"{key} {value}" for key, value in machine().items())]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]

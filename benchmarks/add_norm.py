@@ -1,10 +1,11 @@
 """Time residual add + norm against the time that moving its bytes once takes.
 
-python benchmarks/add_norm.py [--dtype bfloat16] [--kind rms] [--json]
+python benchmarks/add_norm.py [--dtype bfloat16] [--kind rms] [--json FILE]
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from _timing import copy_bandwidth, measure, report, sets_of_inputs
@@ -56,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kind", default="rms", choices=("rms", "layer"))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
     table = []

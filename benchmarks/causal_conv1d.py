@@ -1,10 +1,11 @@
 """Time the short convolution against the time that moving its bytes once takes.
 
-python benchmarks/causal_conv1d.py [--dtype bfloat16] [--json]
+python benchmarks/causal_conv1d.py [--dtype bfloat16] [--json FILE]
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def cases(batch: int, length: int, channels: int, dtype: torch.dtype) -> dict[st
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     bandwidth = copy_bandwidth()

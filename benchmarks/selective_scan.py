@@ -1,82 +1,23 @@
-"""Time the CUDA selective scan in both directions, forward and backward, after checking it."""
+"""Time the selective scan of both directions, by each backend and by mamba-ssm where it imports.
 
-import statistics
+python benchmarks/selective_scan.py [--backends cuda triton mamba-ssm] [--json FILE]
+
+Every backend is checked against the float64 reference first, at every N that is timed. The floor
+is the special-function unit's: one exponential for each (token, channel, state) and direction, and
+those of softplus and the gate, 16 a clock and multiprocessor. One call of the CUDA backend does
+both directions; the others take one after the other, which is how a model must call them, with the
+flips of mamba-ssm's tokens and the sum of the two not counted.
+"""
+
+import argparse
 import sys
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from _timing import measure, multiprocessor_clock, report, sets_of_inputs
 
 from vim.ops import selective_scan_reference
-from vim.ops.cuda import selective_scan as scan
-
-EX2_RATE = 132 * 16 * 1.98e9
-
-
-def inputs(batch, length, channels, states, dtype=torch.bfloat16, directions=2, seed=0):
-    g = torch.Generator("cuda").manual_seed(seed)
-
-    def rand(*shape):
-        return torch.randn(*shape, device="cuda", generator=g)
-
-    xz = rand(batch, length, 2 * channels).to(dtype)
-    rank = max(8, channels // 32)
-    projected = rand(directions, batch, length, rank + 2 * states).to(dtype)
-    return {
-        "u": rand(directions, batch, length, channels).to(dtype),
-        "dt": rand(directions, batch, length, channels).to(dtype),
-        "A": -torch.rand(directions, channels, states, device="cuda", generator=g) * states,
-        "B": projected[..., rank : rank + states],
-        "C": projected[..., rank + states :],
-        "D": rand(directions, channels),
-        "z": xz[..., channels:],
-        "dt_bias": rand(directions, channels) - 3,
-    }
-
-
-def floor_ms(batch, length, channels, states, directions=2):
-    return batch * length * channels * (directions * (states + 2) + 2) / EX2_RATE * 1e3
-
-
-def arguments(given):
-    return [given[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-
-
-def truth(given, dtype=torch.float64):
-    x = {k: v.to(dtype) for k, v in given.items()}
-    y = 0
-    for i in range(2):
-        parts = (x[k][i] for k in ("u", "dt", "A", "B", "C", "D"))
-        y = y + selective_scan_reference(*parts, dt_bias=x["dt_bias"][i], reverse=i == 1)[0]
-    return 0.5 * y * torch.nn.functional.silu(x["z"])
-
-
-def error(a, b):
-    return float((a.double() - b).norm() / b.norm())
-
-
-def time_ms(functions, repeats=9, launches=4):
-    """Median time of each function on the GPU alone: graphs of a few launches, interleaved."""
-    graphs = []
-    for f in functions:
-        f()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(launches):
-                f()
-        graph.replay()
-        graphs.append(graph)
-    torch.cuda.synchronize()
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for graph, t in zip(graphs, times, strict=True):
-            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            a.record()
-            graph.replay()
-            b.record()
-            b.synchronize()
-            t.append(a.elapsed_time(b) / launches)
-    return [statistics.median(t) for t in times]
-
 
 SHAPES = [
     (128, 197, 384, 16),
@@ -91,29 +32,115 @@ SHAPES = [
     (128, 197, 768, 8),
     (128, 197, 768, 64),
 ]
+ORDER = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+def make_inputs(batch, length, channels, states):
+    """Return the tensors of both directions, laid out as projections leave them, and dy."""
+    projected = torch.randn(2, batch, length, 24 + 2 * states, device="cuda").bfloat16()
+    _, B, C = projected.split([24, states, states], -1)
+    u, dt = torch.randn(2, 2, batch, length, channels, device="cuda").bfloat16()
+    A = -torch.rand(2, channels, states, device="cuda") * states
+    z = torch.randn(batch, length, 2 * channels, device="cuda").bfloat16()[..., channels:]
+    D, dt_bias = torch.randn(2, 2, channels, device="cuda")
+    dy = torch.randn(batch, length, channels, device="cuda").bfloat16()
+    return dict(zip(ORDER, (u, dt, A, B, C, D, z, dt_bias - 3), strict=True)), dy
+
+
+def cuda_calls(given, dy):
+    from vim.ops.cuda import selective_scan as scan
+
+    inputs = [given[k] for k in ORDER]
+    return (
+        lambda: scan.forward_bidirectional(*inputs),
+        lambda: scan.backward_bidirectional(dy, *inputs),
+    )
+
+
+def triton_calls(given, dy):
+    from vim.ops.triton import selective_scan as scan
+
+    sides = [[given[k] if k == "z" else given[k][i] for k in ORDER] for i in range(2)]
+    forward = [lambda i=i: scan.forward(*sides[i], None, True, i == 1, False)[0] for i in range(2)]
+    saved = [scan.forward(*sides[i], None, True, i == 1, True)[2] for i in range(2)]
+    backward = [
+        lambda i=i: scan.backward(dy, None, *sides[i], None, saved[i], True, i == 1)
+        for i in range(2)
+    ]
+    return lambda: 0.5 * (forward[0]() + forward[1]()), lambda: [call() for call in backward]
+
+
+def mamba_ssm_calls(given, dy):
+    import selective_scan_cuda
+
+    z, dy = given["z"].mT.contiguous(), dy.mT.contiguous()
+    sides = []
+    for i in range(2):
+        x = {k: given[k][i] if k != "z" else z for k in ORDER}
+        x |= {k: x[k].mT.contiguous() for k in ("u", "dt")}
+        x |= {k: x[k].mT.unsqueeze(1).contiguous() for k in ("B", "C")}
+        sides.append([x[k] for k in ORDER])
+    saved = [selective_scan_cuda.fwd(*side, True) for side in sides]
+    return (
+        lambda: [selective_scan_cuda.fwd(*side, True) for side in sides],
+        lambda: [
+            selective_scan_cuda.bwd(*side, dy, states, y, None, True, False)
+            for side, (y, states, _) in zip(sides, saved, strict=True)
+        ],
+    )
+
+
+CALLS = {"cuda": cuda_calls, "triton": triton_calls, "mamba-ssm": mamba_ssm_calls}
+
+
+def truth(given, dtype):
+    x = {k: v.to(dtype) for k, v in given.items()}
+    y = 0
+    for i in range(2):
+        parts = (x[k][i] for k in ("u", "dt", "A", "B", "C", "D"))
+        y = y + selective_scan_reference(*parts, dt_bias=x["dt_bias"][i], reverse=i == 1)[0]
+    return 0.5 * y * F.silu(x["z"])
+
+
+def check(backend: str, states: int) -> None:
+    """Stop where a backend's forward is wrong; that its gradients are right is for the tests."""
+    given, dy = make_inputs(2, 197, 136, states)
+    exact = truth(given, torch.float64)
+    rounded = truth(given, torch.float32).bfloat16()
+    allowed = 3 * float((rounded - exact).norm() / exact.norm())
+    error = float((CALLS[backend](given, dy)[0]() - exact).norm() / exact.norm())
+    if not error < allowed:
+        sys.exit(f"{backend} is wrong at N = {states}: error {error:.2e}; nothing was timed")
+
+
+def floor_ms(batch, length, channels, states):
+    properties = torch.cuda.get_device_properties(0)
+    rate = properties.multi_processor_count * 16 * multiprocessor_clock()
+    return batch * length * channels * (2 * (states + 2) + 2) / rate * 1e3
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backends", nargs="+", choices=CALLS, default=["cuda", "triton"])
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    arguments = parser.parse_args()
     for states in sorted({shape[3] for shape in SHAPES}):
-        given = inputs(2, 197, 136, states)
-        exact, single = truth(given), truth(given, torch.float32).to(torch.bfloat16)
-        reached = error(scan.forward_bidirectional(*arguments(given)), exact)
-        if not reached < 3 * error(single, exact):
-            raise SystemExit(f"wrong at N = {states}: error {reached:.2e}; nothing was timed")
-    sys.stdout.write("(B, L, D, N)  floor  forward  backward (ms, both directions, bf16)\n")
+        for backend in arguments.backends:
+            if backend != "mamba-ssm":  # its two directions would have to be flipped and merged
+                check(backend, states)
+    rows = []
     for shape in SHAPES:
-        given = arguments(inputs(*shape))
-        dy = torch.randn(shape[:3], device="cuda").bfloat16()
-
-        def forward(given=given):
-            return scan.forward_bidirectional(*given)
-
-        def backward(given=given, dy=dy):
-            return scan.backward_bidirectional(dy, *given)
-
-        forward_ms, backward_ms = time_ms([forward, backward])
-        row = f"{shape!s:25} {floor_ms(*shape):7.3f} {forward_ms:8.3f} {backward_ms:9.3f}"
-        sys.stdout.write(row + "\n")
+        size = 12 * torch.Size(shape[:3]).numel()
+        sets = sets_of_inputs(lambda shape=shape: make_inputs(*shape), size)
+        calls = {name: [CALLS[name](*given) for given in sets] for name in arguments.backends}
+        row = {"B, L, D, N": ", ".join(map(str, shape)), "floor": floor_ms(*shape)}
+        for i, direction in enumerate(("forward", "backward")):
+            cases = {name: [pair[i] for pair in pairs] for name, pairs in calls.items()}
+            for name, ms in measure(cases, repeats=7).items():
+                row[f"{direction} {name}"] = ms
+        row["forward / floor"] = row[f"forward {arguments.backends[0]}"] / row["floor"]
+        rows.append(row)
+    sys.stdout.write(report(rows, arguments.json) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The selective scan, on every backend that can serve here, against its definition."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -435,6 +436,61 @@ class TestProperties:
             du.sum().backward()
 
 
+def reference_in_chunks(u, dt, A, B, C, D, z, dt_bias, initial_state, *, chunk, reverse=False):
+    """Return what the reference does, for one sequence of K * chunk tokens, in `chunk` steps.
+
+    The chunks are batch items, scanned from zero for the states that they end with; these are
+    carried over; then every chunk is scanned from the state that it starts with.
+    """
+    length = u.shape[1]
+    along = {"u": u, "dt": dt, "B": B, "C": C, "z": z}
+    if reverse:
+        along = {k: x.flip(1) for k, x in along.items()}
+    along = {k: x.reshape(length // chunk, chunk, -1) for k, x in along.items()}
+    given = along | {"A": A, "D": D, "dt_bias": dt_bias}
+    _, ends = selective_scan_reference(**given)
+    step_sizes = F.softplus(along["dt"].to(A.dtype) + dt_bias).sum(1)
+    state, starts = initial_state, []
+    for end, decay in zip(ends, torch.exp(step_sizes.unsqueeze(-1) * A), strict=True):
+        starts.append(state)
+        state = decay * state + end
+    y, _ = selective_scan_reference(**given, initial_state=torch.cat(starts))
+    y = y.reshape(1, length, -1)
+    return y.flip(1) if reverse else y, state
+
+
+class TestLongSequences:
+    """Long enough for every backend to cut L into parts, and for sums to lose precision."""
+
+    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+    def test_the_chunked_reference_is_the_reference(self, reverse):
+        shape = Shape(1, 60, 6, N=4)
+        inputs, cotangents = as_float64(make_inputs(shape)), as_float64(make_cotangents(shape))
+        options = {"reverse": reverse}
+        whole = values_and_gradients(selective_scan_reference, inputs, cotangents, **options)
+        parts = values_and_gradients(
+            partial(reference_in_chunks, chunk=12), inputs, cotangents, **options
+        )
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], msg=lambda m, n=name: f"{n}: {m}")
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("shape", "chunk", "reverse"),
+        [
+            pytest.param(Shape(1, 6085, 20, N=16), 5, False, id="L6085-forward"),
+            pytest.param(Shape(1, 6085, 20, N=16), 5, True, id="L6085-reverse"),
+            pytest.param(Shape(1, 100_000, 12, N=8), 125, True, id="L100000-reverse"),
+        ],
+    )
+    def test_against_the_reference(self, backend, shape, chunk, reverse, dtype):
+        if backend.name == "reference":
+            pytest.skip("the reference takes minutes for so many tokens")
+        reference = partial(reference_in_chunks, chunk=chunk)
+        inputs, cotangents = make_inputs(shape, dtype), make_cotangents(shape, dtype)
+        check_op(scan, reference, inputs, cotangents, backend, reverse=reverse)
+
+
 class TestExtremes:
     """Nothing overflows or becomes NaN that would not in float32 by the definition."""
 
@@ -445,7 +501,8 @@ class TestExtremes:
         decays = -torch.logspace(-4, 4, 9)
         shape = Shape(1, length, len(steps), N=len(decays))
         inputs, cotangents = make_inputs(shape), make_cotangents(shape)
-        inputs["dt"] = steps.expand(1, length, -1)
+        # Equal steps would repeat one decay's rounding error L times, for better or worse.
+        inputs["dt"] = steps * torch.rand(1, length, len(steps)).add_(0.5)
         inputs["A"] = decays.expand(len(steps), -1)
         inputs["dt_bias"] = None
         options = {"dt_softplus": False, "reverse": reverse}
