@@ -87,14 +87,8 @@ def machine() -> dict[str, str]:
 
 def multiprocessor_clock() -> float:
     """Return the highest clock of the multiprocessors in Hz, which an H100 holds in these loads."""
-    command = [
-        "nvidia-smi",
-        "--query-gpu=clocks.max.sm",
-        "--format=csv,noheader,nounits",
-        "-i",
-        "0",
-    ]
-    text = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True).stdout
+    command = "nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader,nounits -i 0"
+    text = subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
     return float(text) * 1e6
 
 
