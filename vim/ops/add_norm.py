@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ._autograd import operator
 from ._dispatch import resolve_backend
 
 __all__ = ["add_norm", "add_norm_reference"]
@@ -179,7 +180,7 @@ def _resolve(backend: str, on: Tensor, dtype: torch.dtype):
     return resolve_backend("add_norm", backend, on.device, dtype, _REFERENCE)
 
 
-@torch.library.custom_op("vim::add_norm", mutates_args=())
+@operator("add_norm")
 def _add_norm(
     x: Tensor,
     residual: Tensor | None,

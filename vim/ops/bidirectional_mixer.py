@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import check_saved, needs_grad, pack_gradients
+from ._autograd import check_saved, needs_grad, operator, pack_gradients
 from ._dispatch import resolve_backend
 from ._mixer_composition import MixerComposition
 from .causal_conv1d import _REFERENCE as _CONV_REFERENCE
@@ -151,7 +151,7 @@ def _resolve(backend: str, xz: Tensor):
     return resolve_backend("bidirectional_mixer", backend, xz.device, xz.dtype, _REFERENCE)
 
 
-@torch.library.custom_op("vim::bidirectional_mixer", mutates_args=())
+@operator("bidirectional_mixer")
 def _bidirectional_mixer(
     xz: Tensor,
     forward_branch: list[Tensor],

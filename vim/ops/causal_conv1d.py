@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import fake_gradients, pack_gradients, unpack_gradients
+from ._autograd import fake_gradients, operator, pack_gradients, unpack_gradients
 from ._dispatch import resolve_backend
 
 __all__ = ["causal_conv1d", "causal_conv1d_reference", "causal_conv1d_update"]
@@ -208,7 +208,7 @@ def _resolve(backend: str, x: Tensor):
     return resolve_backend("causal_conv1d", backend, x.device, x.dtype, _REFERENCE)
 
 
-@torch.library.custom_op("vim::causal_conv1d", mutates_args=())
+@operator("causal_conv1d")
 def _causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -10,7 +10,14 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import check_saved, fake_gradients, needs_grad, pack_gradients, unpack_gradients
+from ._autograd import (
+    check_saved,
+    fake_gradients,
+    needs_grad,
+    operator,
+    pack_gradients,
+    unpack_gradients,
+)
 from ._dispatch import resolve_backend
 
 __all__ = ["selective_scan", "selective_scan_reference", "selective_state_update"]
@@ -347,7 +354,7 @@ def _resolve(backend: str, u: Tensor):
     return resolve_backend("selective_scan", backend, u.device, u.dtype, _REFERENCE)
 
 
-@torch.library.custom_op("vim::selective_scan", mutates_args=())
+@operator("selective_scan")
 def _selective_scan(
     u: Tensor,
     dt: Tensor,
