@@ -9,7 +9,13 @@ import threading
 import pytest
 import torch
 
-from vim.ops import add_norm, add_norm_reference, causal_conv1d, causal_conv1d_reference
+from vim.ops import (
+    add_norm,
+    add_norm_reference,
+    bidirectional_mixer,
+    causal_conv1d,
+    causal_conv1d_reference,
+)
 
 from .cases import as_float64, assert_close_to_truth, check_op, values_and_gradients
 
@@ -294,3 +300,21 @@ def test_weights_of_a_mixer(channels, rank, states, dtype, given):
         torch.testing.assert_close(weights.A[i], -A_log.exp(), rtol=1e-6, atol=0)
         assert torch.equal(weights.D[i], D)
         assert torch.equal(weights.dt_bias[i], dt_bias)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    from .test_bidirectional_mixer import SHAPES, make
+
+    xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float32)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves = [x.to(device).requires_grad_() for x in (xz, *branches[0], *branches[1])]
+        y = bidirectional_mixer(leaves[0], leaves[1:8], leaves[8:], backend="cuda")
+        assert y.device == leaves[0].device
+        normed, stream = add_norm(y, None, y.new_ones(y.shape[-1]), eps=1e-5, backend="cuda")
+        gradients = torch.autograd.grad((normed + stream).square().sum(), leaves)
+        results.append([x.cpu() for x in (normed, stream, *gradients)])
+    assert torch.cuda.current_device() == 0
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
