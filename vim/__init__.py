@@ -6,11 +6,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .models import VisionMamba, load_checkpoint
+from .models import VisionMamba, flops, load_checkpoint
 
 try:
     __version__ = version("vim-mamba")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["VisionMamba", "__version__", "load_checkpoint"]
+__all__ = ["VisionMamba", "__version__", "flops", "load_checkpoint"]

@@ -8,10 +8,12 @@ from ._checkpoint import (
     to_native,
     to_official,
 )
+from ._flops import flops
 from .vision_mamba import VisionMamba
 
 __all__ = [
     "VisionMamba",
+    "flops",
     "is_official",
     "load_checkpoint",
     "read_checkpoint",

@@ -6,6 +6,8 @@ from .bidirectional_mixer import bidirectional_mixer, bidirectional_mixer_refere
 from .causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_update
 from .selective_scan import selective_scan, selective_scan_reference, selective_state_update
 
+from . import _flops  # noqa: F401, isort: skip; the ops must be registered first
+
 __all__ = [
     "BACKENDS",
     "SlowBackendWarning",

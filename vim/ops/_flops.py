@@ -1,0 +1,62 @@
+"""What the ops cost, for `torch.utils.flop_counter`: a multiplication and an addition are two.
+
+Element by element work is counted only where it is the op's own: the scan's recurrence and the
+convolution's taps, as PyTorch counts products and convolutions but not activations and norms. A
+backward counts twice its forward, and not what a kernel chooses to compute again.
+
+Size letters: B batch, L tokens, D channels, N state, R dt_rank, K width of the convolution.
+"""
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+__all__: list[str] = []
+
+
+def _scan(u_shape, states: int) -> int:
+    """9 B L D N: exp(delta A) 3, delta u B 2, the state 2, <C, state> 2."""
+    return 9 * prod(u_shape) * states
+
+
+def _conv(x_shape, width: int) -> int:
+    return 2 * prod(x_shape) * width
+
+
+def _mixer(xz_shape, branch_shapes) -> int:
+    batch, length, channels = xz_shape[0], xz_shape[1], xz_shape[2] // 2
+    u = (batch, length, channels)
+    conv_weight, _, x_proj, dt_proj, _, A_log, _ = branch_shapes
+    products = 2 * batch * length * (prod(x_proj) + prod(dt_proj))
+    return 2 * (_conv(u, conv_weight[1]) + products + _scan(u, A_log[1]))
+
+
+@register_flop_formula(torch.ops.vim.selective_scan)
+def _(u, dt, A, *others, out_shape=None, **kwargs) -> int:
+    return _scan(u, A[1])
+
+
+@register_flop_formula(torch.ops.vim.selective_scan_bwd)
+def _(dy, dfinal_state, u, dt, A, *others, out_shape=None, **kwargs) -> int:
+    return 2 * _scan(u, A[1])
+
+
+@register_flop_formula(torch.ops.vim.causal_conv1d)
+def _(x, weight, *others, out_shape=None, **kwargs) -> int:
+    return _conv(x, weight[1])
+
+
+@register_flop_formula(torch.ops.vim.causal_conv1d_bwd)
+def _(dy, dfinal_state, x, weight, *others, out_shape=None, **kwargs) -> int:
+    return 2 * _conv(x, weight[1])
+
+
+@register_flop_formula(torch.ops.vim.bidirectional_mixer)
+def _(xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
+    return _mixer(xz, forward_branch)
+
+
+@register_flop_formula(torch.ops.vim.bidirectional_mixer_bwd)
+def _(dy, xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
+    return 2 * _mixer(xz, forward_branch)
