@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CompileError, LinkError
 
 ROOT = Path(__file__).parent
-OPS = ("selective_scan", "causal_conv1d", "add_norm")
+OPS = ("selective_scan", "causal_conv1d", "add_norm", "bidirectional_mixer")
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 
 UNIX_FLAGS = [

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from vim.ops.add_norm import _REFERENCE as NORM_REFERENCE
+from vim.ops.bidirectional_mixer import _REFERENCE as MIXER_REFERENCE
 from vim.ops.causal_conv1d import _REFERENCE as CONV_REFERENCE
-from vim.ops.cpu import _library, add_norm, causal_conv1d, selective_scan
+from vim.ops.cpu import _library, add_norm, bidirectional_mixer, causal_conv1d, selective_scan
 from vim.ops.selective_scan import _REFERENCE as SCAN_REFERENCE
 
 SHAPES = ((1, 197, 384, 16), (8, 197, 384, 16))  # B, L, D, N of Vim-Ti at 224 px
@@ -99,7 +100,31 @@ def norm_calls(backend, shape, dtype):
     _, total, rstd = backend.forward(x, residual, weight, None, 1e-5, "rms", torch.float32)
     return {
         "forward": lambda: backend.forward(x, residual, weight, None, 1e-5, "rms", torch.float32),
-        "backward": lambda: backend.backward(dy, None, total, rstd, weight, "rms"),
+        "backward": lambda: backend.backward(dy, None, total, rstd, weight, dtype, "rms", False),
+    }
+
+
+def mixer_calls(backend, shape, dtype):
+    batch, length, channels, state = shape
+    rank, width = -(-channels // 32), 4
+
+    def branch():
+        return [
+            torch.randn(channels, width) * 0.5,
+            torch.randn(channels),
+            torch.randn(rank + 2 * state, channels) * channels**-0.5,
+            torch.randn(channels, rank) * rank**-0.5,
+            torch.randn(channels) - 4,
+            torch.arange(1, state + 1).float().log().repeat(channels, 1),
+            torch.ones(channels),
+        ]
+
+    inputs = (torch.randn(batch, length, 2 * channels).to(dtype), branch(), branch())
+    dy = torch.randn(batch, length, channels).to(dtype)
+    saved = backend.forward(*inputs, 0.5, True)[1]
+    return {
+        "forward": lambda: backend.forward(*inputs, 0.5, False),
+        "backward": lambda: backend.backward(dy, *inputs, saved, 0.5),
     }
 
 
@@ -107,6 +132,7 @@ OPS = {
     "selective_scan": (scan_calls, selective_scan, SCAN_REFERENCE),
     "causal_conv1d": (conv_calls, causal_conv1d, CONV_REFERENCE),
     "add_norm": (norm_calls, add_norm, NORM_REFERENCE),
+    "bidirectional_mixer": (mixer_calls, bidirectional_mixer, MIXER_REFERENCE),
 }
 
 

@@ -1,145 +1,21 @@
 // The selective scan of vim/ops/selective_scan.py, forward and backward; everything is float32.
 //
 // A vector holds W channels, and the states of a tile of up to 16 n stay in registers over a chunk
-// of tokens. Per state and token: the exponential (fma, sub, fms, 5 fma, shift, add), then
+// of tokens. Per state and token: the exponential (8 instructions on AVX-512), then
 // h = h * e + (delta * u) * B and y += h * C. What has no n (softplus, gate) is done before and
 // after, a chunk at a time, in arrays that fit the first-level cache.
 //
 // An item of work is a block of channels of one batch item. Blocks and the order of every sum
 // depend on the shape only, so results do not depend on the number of threads.
+#include "selective_scan.h"
 #include "threads.h"
-#include "vec.h"
 
 namespace vim {
 namespace VIM_ISA {
 namespace {
 
-constexpr int CHUNK = 32;           // tokens between saved states; vim/ops/cpu/selective_scan.py
 constexpr int BACKWARD_BLOCK = 64;  // channels whose dB and dC are summed at once
-#ifdef VIM_AVX512
-constexpr int FORWARD_TILE = 16, BACKWARD_TILE = 4;
-#else
-constexpr int FORWARD_TILE = 4, BACKWARD_TILE = 4;
-#endif
-
-// A block of channels within one group.
-struct Block {
-    int64_t batch, group, index, first;  // index within the group, first channel
-    int channels;
-
-    int vectors() const { return static_cast<int>(ceil_div(channels, W)); }
-    int lanes(int v) const { return static_cast<int>(least(W, channels - v * W)); }
-};
-
-struct Blocks {
-    int64_t size, a_group, groups, group_channels;
-
-    Blocks(const ScanInputs& in, int64_t block)
-        : groups(in.groups), group_channels(in.channels / in.groups) {
-        size = block;
-        a_group = ceil_div(group_channels, size);
-    }
-
-    int64_t count(const ScanInputs& in) const { return in.batch * groups * a_group; }
-
-    Block operator[](int64_t item) const {
-        const int64_t index = item % a_group, group = item / a_group % groups;
-        const int64_t first = index * size;
-        return {item / a_group / groups, group, index, group * group_channels + first,
-                static_cast<int>(least(size, group_channels - first))};
-    }
-};
-
-// Column n of the (D, N) matrix at `source`, for W channels, times a factor.
-VIM_INLINE F load_column(const float* source, int64_t state, int64_t n, int lanes, float factor) {
-    float x[W] = {};
-    for (int i = 0; i < lanes; ++i) x[i] = source[i * state + n] * factor;
-    return load(x);
-}
-
-VIM_INLINE void store_column(float* target, int64_t state, int64_t n, int lanes, F value) {
-    float x[W];
-    store(x, value);
-    for (int i = 0; i < lanes; ++i) target[i * state + n] = x[i];
-}
-
-// W channels' A, times log2 e, as (N, W), and the largest magnitude per channel.
-VIM_INLINE F load_A(const ScanInputs& in, int64_t channel, int lanes, float* A) {
-    F largest = set1(0.0f);
-    for (int64_t n = 0; n < in.state; ++n) {
-        const F a = load_column(in.A + channel * in.state, in.state, n, lanes, LOG2_E);
-        largest = max(abs(a), largest);
-        store(A + n * W, a);
-    }
-    return largest;
-}
-
-// B or C of a chunk, (T, N): in place if float32, else converted into `space`.
-VIM_INLINE Matrix load_matrix(const Rows& source, int64_t t0, int64_t tokens, int64_t state,
-                              float* space) {
-    if (source.size == 4) {
-        return {reinterpret_cast<const float*>(source.data + t0 * source.token), source.token / 4};
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t n = 0; n < state; n += W) {
-            const int lanes = static_cast<int>(least(W, state - n));
-            store_some(space + t * state + n, source.at(t0 + t, n, lanes), lanes);
-        }
-    }
-    return {space, state};
-}
-
-template <bool WITHIN>
-VIM_INLINE F decay(F delta, F A) {
-    return WITHIN ? exp2_product(delta, A) : exp2(mul(delta, A));
-}
-
-// The recurrence of NT states over a chunk. h, A: (NT, W); delta, drive, y: (T, W); B, C: (T, n
-// on).
-template <int NT, bool WITHIN>
-void scan_tile(float* h, const float* A, const float* delta, const float* drive, float* y, Matrix B,
-               Matrix C, int64_t tokens) {
-    F s[NT];
-    VIM_UNROLL
-    for (int n = 0; n < NT; ++n) s[n] = load(h + n * W);
-    for (int64_t t = 0; t < tokens; ++t) {
-        const F d = load(delta + t * W), x = load(drive + t * W);
-        F even = set1(0.0f), odd = set1(0.0f);
-        VIM_UNROLL
-        for (int n = 0; n < NT; ++n) {
-            const F e = decay<WITHIN>(d, load(A + n * W));
-            s[n] = fma(s[n], e, mul(x, set1(B.data[t * B.token + n])));
-            F& sum = n % 2 ? odd : even;
-            sum = fma(s[n], set1(C.data[t * C.token + n]), sum);
-        }
-        store(y + t * W, add(load(y + t * W), add(even, odd)));
-    }
-    VIM_UNROLL
-    for (int n = 0; n < NT; ++n) store(h + n * W, s[n]);
-}
-
-template <int NT, bool WITHIN>
-void scan_tiles(int64_t n, float* h, const float* A, const float* delta, const float* drive,
-                float* y, Matrix B, Matrix C, int64_t tokens, int64_t state) {
-    for (; n + NT <= state; n += NT) {
-        scan_tile<NT, WITHIN>(h + n * W, A + n * W, delta, drive, y, {B.data + n, B.token},
-                              {C.data + n, C.token}, tokens);
-    }
-    if constexpr (NT > 1) {
-        scan_tiles<NT / 2, WITHIN>(n, h, A, delta, drive, y, B, C, tokens, state);
-    }
-}
-
-// Carves arrays out of scratch memory.
-struct Arena {
-    float* next;
-
-    float* take(int64_t floats) {
-        float* taken = next;
-        next += ceil_div(floats, 16) * 16;
-        return taken;
-    }
-};
+constexpr int BACKWARD_TILE = 4;
 
 struct ForwardTask {
     const ScanForward& p;
@@ -152,93 +28,28 @@ void forward_item(const void* context, int64_t item) {
     const ScanInputs& in = p.in;
     const Block block = task.blocks[item];
     const int64_t N = in.state, L = in.length;
-    const int vectors = block.vectors();
 
-    Arena arena{scratch(2 * vectors * N * W + 2 * CHUNK * N + 3 * CHUNK * W + 7 * 16)};
-    float* h = arena.take(vectors * N * W);
-    float* A = arena.take(vectors * N * W);
+    Arena arena{scratch(BlockScan::floats(block.channels, N) + block.vectors() * (N + 1) * W +
+                        2 * CHUNK * N + 4 * 16)};
     float* B_space = arena.take(CHUNK * N);
     float* C_space = arena.take(CHUNK * N);
-    float* delta = arena.take(CHUNK * W);
-    float* drive = arena.take(CHUNK * W);
-    float* out = arena.take(CHUNK * W);
-
-    F largest_A[BACKWARD_BLOCK / W];
-    for (int v = 0; v < vectors; ++v) {
-        const int64_t channel = block.first + v * W;
-        largest_A[v] = load_A(in, channel, block.lanes(v), A + v * N * W);
-        const float* initial = p.initial_state;
-        if (initial != nullptr) initial += (block.batch * in.channels + channel) * N;
-        for (int64_t n = 0; n < N; ++n) {
-            store(h + (v * N + n) * W, initial == nullptr
-                                           ? set1(0.0f)
-                                           : load_column(initial, N, n, block.lanes(v), 1.0f));
-        }
-    }
-
+    BlockScan scan(p, block, load_decay(in, block, arena), arena);
     const Rows u = rows(in.u, block.batch, block.first, L, in.reverse);
     const Rows dt = rows(in.dt, block.batch, block.first, L, in.reverse);
-    const Rows z = rows(in.z, block.batch, block.first, L, in.reverse);
-    const Rows addend = rows(p.addend, block.batch, block.first, L, in.reverse);
-    const Rows y = rows(p.y, block.batch, block.first, L, in.reverse);
-    const bool scaled = p.scale != 1.0;
-    const F scale = set1(static_cast<float>(p.scale));
     const Rows B_rows = rows(in.B, block.batch, block.group * in.B.group, L, in.reverse);
     const Rows C_rows = rows(in.C, block.batch, block.group * in.C.group, L, in.reverse);
-
     for (int64_t t0 = 0; t0 < L; t0 += CHUNK) {
         const int64_t T = least(CHUNK, L - t0);
         const Matrix B = load_matrix(B_rows, t0, T, N, B_space);
         const Matrix C = load_matrix(C_rows, t0, T, N, C_space);
-        for (int v = 0; v < vectors; ++v) {
-            const int lanes = block.lanes(v);
-            const int64_t channel = block.first + v * W;
-            if (p.saved != nullptr) {
-                const int64_t chunks = ceil_div(L, CHUNK);
-                float* saved = p.saved + (block.batch * chunks + t0 / CHUNK) * N * in.channels;
-                for (int64_t n = 0; n < N; ++n) {
-                    store_some(saved + n * in.channels + channel, load(h + (v * N + n) * W), lanes);
-                }
-            }
-            const F bias =
-                in.dt_bias == nullptr ? set1(0.0f) : load_some(in.dt_bias + channel, lanes);
-            const F skip = in.D == nullptr ? set1(0.0f) : load_some(in.D + channel, lanes);
-            F largest_delta = set1(0.0f);
-            for (int64_t t = 0; t < T; ++t) {
-                F d = add(dt.at(t0 + t, v * W, lanes), bias);
-                if (in.dt_softplus) d = softplus(d);
-                const F x = u.at(t0 + t, v * W, lanes);
-                largest_delta = max(largest_delta, abs(d));
-                store(delta + t * W, d);
-                store(drive + t * W, mul(d, x));
-                store(out + t * W, in.D == nullptr ? skip : mul(skip, x));
-            }
-            const bool within =
-                !EXP2_LIMITED || all_at_most(mul(largest_delta, largest_A[v]), set1(EXP2_LIMIT));
-            (within ? scan_tiles<FORWARD_TILE, true>
-                    : scan_tiles<FORWARD_TILE, false>)(0, h + v * N * W, A + v * N * W, delta,
-                                                       drive, out, B, C, T, N);
-            for (int64_t t = 0; t < T; ++t) {
-                F value = load(out + t * W);
-                if (addend) value = add(value, addend.at(t0 + t, v * W, lanes));
-                if (z) value = mul(value, silu(z.at(t0 + t, v * W, lanes)));
-                if (scaled) value = mul(value, scale);
-                y.put(t0 + t, v * W, value, lanes);
-            }
-        }
+        scan.chunk(t0, T, u.from(t0), dt.from(t0), B, C);
     }
-
-    for (int v = 0; v < vectors; ++v) {
-        float* final_state = p.final_state + (block.batch * in.channels + block.first + v * W) * N;
-        for (int64_t n = 0; n < N; ++n) {
-            store_column(final_state, N, n, block.lanes(v), load(h + (v * N + n) * W));
-        }
-    }
+    scan.store_final_state(p.final_state);
 }
 
 // What the backward of a chunk needs of each token of W channels, (T, W) each.
 struct Tokens {
-    float *u, *delta, *slope;       // slope: d delta / d dt
+    float *delta, *slope;           // slope: d delta / d dt
     float* drive;                   // delta * u
     float *dout, *gate;             // gradient before the gate, and sigmoid(z)
     float *out, *ddrive, *decayed;  // sums over n: C h, g B, and g a h A
@@ -246,10 +57,11 @@ struct Tokens {
 
 // Gradients of NT states over a chunk. The states are computed again and kept as a (the decay) and
 // ah (the decayed state before the token), (T, NT, W) each. g carries the gradient of the state.
-// dB, dC: (T, NT, W) sums over the vectors of a block.
+// dB, dC: (T, NT, W) sums over the vectors of a block, which the first of them begins.
 template <int NT, bool WITHIN>
 void backward_tile(const float* h, const float* A, float* g, float* dA, const Tokens& k, Matrix B,
-                   Matrix C, float* dB, float* dC, float* kept, int64_t tokens, bool gated) {
+                   Matrix C, float* dB, float* dC, float* kept, int64_t tokens, bool gated,
+                   bool first) {
     F s[NT];
     VIM_UNROLL
     for (int n = 0; n < NT; ++n) s[n] = load(h + n * W);
@@ -268,6 +80,10 @@ void backward_tile(const float* h, const float* A, float* g, float* dA, const To
         }
         if (gated) store(k.out + t * W, add(load(k.out + t * W), out));
     }
+    // The first vector adds to zeros in place of what the vector before it has left.
+    static const float zeros[NT * W] = {};
+    const float *dB_before = first ? zeros : dB, *dC_before = first ? zeros : dC;
+    const int64_t step = first ? 0 : NT * W;
     F gradient[NT], sum[NT];
     VIM_UNROLL
     for (int n = 0; n < NT; ++n) {
@@ -284,8 +100,8 @@ void backward_tile(const float* h, const float* A, float* g, float* dA, const To
             const F e = load(at + n * W), eh = load(at + (NT + n) * W);
             const F b = set1(B.data[t * B.token + n]);
             const F now = fma(dy, set1(C.data[t * C.token + n]), gradient[n]);
-            store(dC_t + n * W, fma(dy, fma(x, b, eh), load(dC_t + n * W)));
-            store(dB_t + n * W, fma(x, now, load(dB_t + n * W)));
+            store(dC_t + n * W, fma(dy, fma(x, b, eh), load(dC_before + t * step + n * W)));
+            store(dB_t + n * W, fma(x, now, load(dB_before + t * step + n * W)));
             ddrive = fma(now, b, ddrive);
             const F w = mul(now, eh);
             decayed = fma(w, load(A + n * W), decayed);
@@ -322,15 +138,13 @@ template <int NT>
 void backward_tiles(int64_t n, const Chunk& c) {
     for (; n + NT <= c.state; n += NT) {
         const int64_t size = c.tokens * NT;
-        memset(c.dB, 0, size * W * sizeof(float));
-        memset(c.dC, 0, size * W * sizeof(float));
         const Matrix B{c.B.data + n, c.B.token}, C{c.C.data + n, c.C.token};
         for (int v = 0; v < c.vectors; ++v) {
             const int64_t at = (v * c.state + n) * W;
             (c.within[v] ? backward_tile<NT, true>
                          : backward_tile<NT, false>)(c.h + at, c.A + at, c.g + at, c.dA + at,
                                                      c.k[v], B, C, c.dB, c.dC, c.kept, c.tokens,
-                                                     c.gated);
+                                                     c.gated, v == 0);
         }
         float dB[CHUNK * NT], dC[CHUNK * NT];
         sum_rows(c.dB, dB, size);
@@ -357,9 +171,9 @@ void backward_item(const void* context, int64_t item) {
     const int vectors = block.vectors();
 
     const int64_t tile = CHUNK * BACKWARD_TILE * W;
-    Arena arena{scratch(4 * vectors * N * W + 2 * CHUNK * N + 4 * tile + 9 * vectors * CHUNK * W +
-                        16 * (9 + 9 * vectors))};
-    float* A = arena.take(vectors * N * W);
+    Arena arena{scratch((4 * N + 1) * vectors * W + 2 * CHUNK * N + 4 * tile +
+                        8 * vectors * CHUNK * W + 16 * (10 + 8 * vectors))};
+    const Decay decay = load_decay(in, block, arena);
     float* g = arena.take(vectors * N * W);
     float* dA = arena.take(vectors * N * W);
     float* h = arena.take(vectors * N * W);
@@ -369,7 +183,7 @@ void backward_item(const void* context, int64_t item) {
     c.vectors = vectors;
     c.state = N;
     c.h = h;
-    c.A = A;
+    c.A = decay.A;
     c.g = g;
     c.dA = dA;
     c.gated = in.z.data != nullptr;
@@ -378,22 +192,21 @@ void backward_item(const void* context, int64_t item) {
     c.kept = arena.take(2 * tile);
     for (int v = 0; v < vectors; ++v) {
         Tokens& k = c.k[v];
-        float** const arrays[] = {&k.u,    &k.delta, &k.slope,  &k.drive,  &k.dout,
-                                  &k.gate, &k.out,   &k.ddrive, &k.decayed};
+        float** const arrays[] = {&k.delta, &k.slope, &k.drive,  &k.dout,
+                                  &k.gate,  &k.out,   &k.ddrive, &k.decayed};
         for (float** array : arrays) *array = arena.take(CHUNK * W);
     }
 
-    F largest_A[BACKWARD_BLOCK / W], dD[BACKWARD_BLOCK / W], ddt_bias[BACKWARD_BLOCK / W];
+    F dD[BACKWARD_BLOCK / W], ddt_bias[BACKWARD_BLOCK / W];
     for (int v = 0; v < vectors; ++v) {
         const int64_t channel = block.first + v * W;
-        largest_A[v] = load_A(in, channel, block.lanes(v), A + v * N * W);
         dD[v] = ddt_bias[v] = set1(0.0f);
         const float* final_state = p.dfinal_state;
         if (final_state != nullptr) final_state += (block.batch * in.channels + channel) * N;
         for (int64_t n = 0; n < N; ++n) {
             store(g + (v * N + n) * W, final_state == nullptr
                                            ? set1(0.0f)
-                                           : load_column(final_state, N, n, block.lanes(v), 1.0f));
+                                           : gather(final_state + n, N, block.lanes(v)));
             store(dA + (v * N + n) * W, set1(0.0f));
         }
     }
@@ -409,6 +222,7 @@ void backward_item(const void* context, int64_t item) {
     const Rows C_rows = rows(in.C, block.batch, block.group * in.C.group, L, in.reverse);
 
     const int64_t matrix = in.batch * L * in.groups * N;
+    const bool softplus_given = in.dt_softplus, skipping = in.D != nullptr;
     const bool one_block = task.blocks.a_group == 1;
     float* dB_out = one_block ? p.dB : p.partial_matrices + block.index * matrix;
     float* dC_out =
@@ -419,7 +233,7 @@ void backward_item(const void* context, int64_t item) {
         const Matrix B = load_matrix(B_rows, t0, T, N, B_space);
         const Matrix C = load_matrix(C_rows, t0, T, N, C_space);
         for (int v = 0; v < vectors; ++v) {
-            const Tokens& k = c.k[v];
+            const Tokens k = c.k[v];
             const int lanes = block.lanes(v);
             const int64_t channel = block.first + v * W;
             const float* saved = p.saved + (block.batch * chunks + chunk) * N * in.channels;
@@ -432,9 +246,10 @@ void backward_item(const void* context, int64_t item) {
             F largest_delta = set1(0.0f);
             for (int64_t t = 0; t < T; ++t) {
                 F d = add(dt.at(t0 + t, v * W, lanes), bias);
-                if (in.dt_softplus) {
-                    store(k.slope + t * W, sigmoid(d));
-                    d = softplus(d);
+                if (softplus_given) {
+                    F slope;
+                    d = softplus(d, slope);
+                    store(k.slope + t * W, slope);
                 }
                 const F x = u.at(t0 + t, v * W, lanes);
                 F dout = dy.at(t0 + t, v * W, lanes);
@@ -444,16 +259,16 @@ void backward_item(const void* context, int64_t item) {
                     dout = mul(dout, mul(silu_argument(value), gate));
                 }
                 largest_delta = max(largest_delta, abs(d));
-                store(k.u + t * W, x);
                 store(k.delta + t * W, d);
                 store(k.drive + t * W, mul(d, x));
                 store(k.dout + t * W, dout);
-                store(k.out + t * W, in.D == nullptr ? skip : mul(skip, x));
+                store(k.out + t * W, skipping ? mul(skip, x) : skip);
                 store(k.ddrive + t * W, set1(0.0f));
                 store(k.decayed + t * W, set1(0.0f));
             }
             c.within[v] =
-                !EXP2_LIMITED || all_at_most(mul(largest_delta, largest_A[v]), set1(EXP2_LIMIT));
+                !EXP2_LIMITED ||
+                all_at_most(mul(largest_delta, load(decay.largest + v * W)), set1(EXP2_LIMIT));
         }
 
         const int64_t token = in.reverse ? L - 1 - t0 : t0;
@@ -467,23 +282,24 @@ void backward_item(const void* context, int64_t item) {
         backward_tiles<BACKWARD_TILE>(0, c);
 
         for (int v = 0; v < vectors; ++v) {
-            const Tokens& k = c.k[v];
+            const Tokens k = c.k[v];
             const int lanes = block.lanes(v);
             const F skip =
                 in.D == nullptr ? set1(0.0f) : load_some(in.D + block.first + v * W, lanes);
+            F dskip = set1(0.0f), dbias = set1(0.0f);
             for (int64_t t = 0; t < T; ++t) {
-                const F x = load(k.u + t * W), dout = load(k.dout + t * W);
+                const F x = u.at(t0 + t, v * W, lanes), dout = load(k.dout + t * W);
                 const F ddrive = load(k.ddrive + t * W);
                 F dx = mul(load(k.delta + t * W), ddrive);
-                if (in.D != nullptr) {
+                if (skipping) {
                     dx = fma(dout, skip, dx);
-                    dD[v] = fma(dout, x, dD[v]);
+                    dskip = fma(dout, x, dskip);
                 }
                 du.put(t0 + t, v * W, dx, lanes);
                 // A holds log2 e as a factor.
                 F dd = fma(load(k.decayed + t * W), set1(LN_2), mul(x, ddrive));
-                if (in.dt_softplus) dd = mul(dd, load(k.slope + t * W));
-                ddt_bias[v] = add(ddt_bias[v], dd);
+                if (softplus_given) dd = mul(dd, load(k.slope + t * W));
+                dbias = add(dbias, dd);
                 ddt.put(t0 + t, v * W, dd, lanes);
                 if (z) {
                     const F slope = silu_slope(z.at(t0 + t, v * W, lanes), load(k.gate + t * W));
@@ -491,6 +307,8 @@ void backward_item(const void* context, int64_t item) {
                     dz.put(t0 + t, v * W, mul(gradient, slope), lanes);
                 }
             }
+            dD[v] = add(dD[v], dskip);
+            ddt_bias[v] = add(ddt_bias[v], dbias);
         }
     }
 

@@ -47,6 +47,10 @@ VIM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 VIM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 VIM_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 VIM_INLINE bool all_at_most(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ) == 0xffff; }
+// yes where x is below zero, else no
+VIM_INLINE F where_negative(F x, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), no, yes);
+}
 VIM_INLINE F recip(F a) {
     const F guess = _mm512_rcp14_ps(a);
     return fma(guess, fnma(a, guess, set1(1.0f)), guess);
@@ -54,6 +58,12 @@ VIM_INLINE F recip(F a) {
 VIM_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 VIM_INLINE F load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 VIM_INLINE void store_some(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+// p[0], p[stride], ... p[(n - 1) stride]
+VIM_INLINE F gather(const float* p, int64_t stride, int n) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), first(n), at, p, 4);
+}
 VIM_INLINE F load_bf16(const uint16_t* p, int n) {
     const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -87,6 +97,9 @@ VIM_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 VIM_INLINE F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
 VIM_INLINE bool all_at_most(F a, F b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)) == 0xff;
+}
+VIM_INLINE F where_negative(F x, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
 }
 VIM_INLINE F recip(F a) { return _mm256_div_ps(set1(1.0f), a); }
 // p * 2^k, where the low bits of t are the integer k
@@ -158,6 +171,7 @@ VIM_INLINE F max(F a, F b) { return select(a > b, a, b); }
 VIM_INLINE F min(F a, F b) { return select(a < b, a, b); }
 VIM_INLINE F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
 VIM_INLINE bool all_at_most(F a, F b) { return all(a <= b); }
+VIM_INLINE F where_negative(F x, F yes, F no) { return select(x < set1(0.0f), yes, no); }
 VIM_INLINE F recip(F a) { return 1.0f / a; }
 VIM_INLINE F scale(F p, F t) { return as_float((I)((U)as_int(p) + ((U)as_int(t) << 23))); }
 VIM_INLINE F load_bf16(const uint16_t* p) {
@@ -194,6 +208,11 @@ VIM_INLINE void store_some(float* p, F value, int n) {
     float x[W];
     store(x, value);
     for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+VIM_INLINE F gather(const float* p, int64_t stride, int n) {
+    float x[W] = {};
+    for (int i = 0; i < n; ++i) x[i] = p[i * stride];
+    return load(x);
 }
 VIM_INLINE F load_bf16(const uint16_t* p, int n) {
     if (n == W) return load_bf16(p);
@@ -233,6 +252,9 @@ VIM_INLINE F exp2_product(F a, F b) {
 
 VIM_INLINE F exp2(F x) { return exp2_product(x, set1(1.0f)); }
 
+// exp(-x)
+VIM_INLINE F exp_minus(F x) { return exp2_product(x, set1(-LOG2_E)); }
+
 #else
 
 constexpr bool EXP2_LIMITED = true;
@@ -262,13 +284,15 @@ VIM_INLINE F exp2(F x) {
     return exp2_parts(t, sub(x, sub(t, set1(ROUND))));
 }
 
+// exp(-x)
+VIM_INLINE F exp_minus(F x) { return exp2(mul(x, set1(-LOG2_E))); }
+
 #endif
 
 constexpr float EXP2_LIMIT = 125.0f;
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)); above 20 this is x, as in PyTorch
-VIM_INLINE F softplus(F x) {
-    const F e = exp2(mul(abs(x), set1(-LOG2_E)));
+// log(1 + exp(x)) = max(x, 0) + log(1 + e), where e = exp(-|x|); above 20 this is x, as in PyTorch
+VIM_INLINE F softplus_of(F x, F e) {
     F p = set1(5.3840582e-3f);
     p = fma(p, e, set1(-3.0110953e-2f));
     p = fma(p, e, set1(7.9210728e-2f));
@@ -281,11 +305,20 @@ VIM_INLINE F softplus(F x) {
     return fma(p, e, max(set1(0.0f), x));
 }
 
+VIM_INLINE F softplus(F x) { return softplus_of(x, exp_minus(abs(x))); }
+
+// The derivative of softplus is the sigmoid.
+VIM_INLINE F softplus(F x, F& slope) {
+    const F e = exp_minus(abs(x));
+    slope = mul(where_negative(x, e, set1(1.0f)), recip(add(set1(1.0f), e)));
+    return softplus_of(x, e);
+}
+
 // Below -87 the sigmoid is smaller than any normal number, and x may be too large to multiply it.
 VIM_INLINE F silu_argument(F x) { return max(set1(-87.0f), x); }
 
 VIM_INLINE F sigmoid(F x) {
-    return recip(add(set1(1.0f), exp2(mul(silu_argument(x), set1(-LOG2_E)))));
+    return recip(add(set1(1.0f), exp_minus(silu_argument(x))));
 }
 
 VIM_INLINE F silu(F x) { return mul(silu_argument(x), sigmoid(x)); }
@@ -354,6 +387,9 @@ struct Rows {
         size == 4 ? store_some(reinterpret_cast<float*>(p), value, n)
                   : store_bf16(reinterpret_cast<uint16_t*>(p), value, n);
     }
+
+    // The tokens from t on.
+    Rows from(int64_t t) const { return {data + t * token, token, size}; }
 
     explicit operator bool() const { return data != nullptr; }
 };

@@ -67,6 +67,25 @@ struct ConvBackward {
     float* partial;                               // (B, chunks, K + 1, D) workspace
 };
 
+// The tensors of one direction of the mixer; R is the rank of dt_proj.
+struct MixerBranch {
+    const float *conv_weight, *conv_bias;  // (D, K), (D,)
+    const float *x_proj, *dt_proj;         // (R + 2 N, D), (D, R)
+    const float *dt_bias, *A_log, *D;      // (D,), (D, N), (D,)
+    Sequence projected;                    // (B, L, R + 2 N) what x_proj gave; may be absent
+    float* saved;                          // as in ScanForward
+};
+
+struct MixerForward {
+    int64_t batch, length, channels, state, rank, width, threads;
+    Sequence x, z, y;
+    // Workspace. With D' and P, which are D and R + 2 N rounded up to multiples of 16:
+    float* packed;        // (2, D' (K + R + P + N + 1)) the weights as the kernels read them
+    float* intermediate;  // (max(2, threads / 2), L, D + P), null where threads divide the batch
+    MixerBranch branches[2];
+    double scale;  // of the sum of both directions
+};
+
 // Rows are tokens of a Sequence with one batch item.
 struct NormForward {
     int64_t rows, channels;

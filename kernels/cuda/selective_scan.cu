@@ -23,7 +23,7 @@ enum Mode {
 // Which team comes to a tile.
 enum Visit { FIRST, MIDDLE, SECOND };
 
-template <typename scalar_t, int NS, int S, int CH, int T, int DIRS, int MODE>
+template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE>
 struct TeamShared {
     alignas(16) scalar_t u[2][T][CH];
     alignas(16) scalar_t dt[2][T][CH];
@@ -31,9 +31,13 @@ struct TeamShared {
     alignas(16) scalar_t z[Y_ROWS][CH];
     alignas(16) scalar_t dy[MODE == STATES_AND_DZ ? T : 1][CH];
     alignas(16) scalar_t other[DIRS == 2 ? Y_ROWS : 1][CH];  // the first team's share of y
-    alignas(16) float BC[2][T][MatrixItem<T, NS, S, 2 * NS * S, scalar_t>::PITCH];
-    alignas(16) float y[Y_ROWS][CH];
-    alignas(16) float2 drive[S > 1 ? CH * (T + 2) : 1];  // (delta, delta * u) for S > 1
+    alignas(16) float BC[T][MatrixItem<T, NS, S, 2 * NS * S, scalar_t>::PITCH];
+    // Pitches such that a warp that stores sums of S lanes, or step sizes, meets every bank once.
+    static constexpr int WARP_CHANNELS = 32 / S * CPT;
+    static constexpr int Y_PITCH = CH + (S == 1 ? 0 : S == 4 && U == S ? 8 : 4);
+    static constexpr int DRIVE_PITCH = T + (WARP_CHANNELS == 4 ? 4 : 2);
+    alignas(16) float y[Y_ROWS][Y_PITCH];
+    alignas(16) float2 drive[S > 1 ? CH * DRIVE_PITCH : 1];  // (delta, delta * u) for S > 1
 };
 
 // What a lane knows of its CPT channels, and the recurrence for its NS states of each.
@@ -74,11 +78,9 @@ struct Lane {
 
 // U tokens for a thread that holds whole channels (S = 1). The step sizes come first, so that their
 // long chains overlap.
-template <int U, int MODE, bool SOFTPLUS, int NS, int CPT, typename scalar_t, int CH, int T,
-          int DIRS>
-__device__ __forceinline__ void scan_rows(Lane<NS, CPT> &lane,
-                                          TeamShared<scalar_t, NS, 1, CH, T, DIRS, MODE> &my,
-                                          int stage, int r, int c0, float (&delta_sum)[CPT]) {
+template <int U, int MODE, bool SOFTPLUS, typename scalar_t, int NS, int CPT, typename Shared>
+__device__ __forceinline__ void scan_rows(Lane<NS, CPT> &lane, Shared &my, int stage, int r, int c0,
+                                          float (&delta_sum)[CPT]) {
     float delta[U][CPT], du[U][CPT], out[U][CPT];
 #pragma unroll
     for (int t = 0; t < U; ++t) {
@@ -96,29 +98,61 @@ __device__ __forceinline__ void scan_rows(Lane<NS, CPT> &lane,
     }
 #pragma unroll
     for (int t = 0; t < U; ++t) {
-        lane.template advance<MODE != STATES_ONLY>(my.BC[stage][r + t], delta[t], du[t], out[t]);
+        lane.template advance<MODE != STATES_ONLY>(my.BC[r + t], delta[t], du[t], out[t]);
         if constexpr (MODE != STATES_ONLY) store(&my.y[r + t][c0], out[t]);
     }
 }
 
-template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int DIRS, int MODE,
-          bool SOFTPLUS, int MIN_BLOCKS>
-__global__ void __launch_bounds__(CH / CPT * S * DIRS, MIN_BLOCKS)
+// Wait for the threads of one direction only: the teams share nothing but y.
+template <int TEAM, int DIRS>
+__device__ __forceinline__ void wait_for_team(int team) {
+    if constexpr (TEAM == 32) {
+        __syncwarp();
+    } else if constexpr (DIRS == 1) {
+        __syncthreads();
+    } else {
+        if (team == 0) {
+            asm volatile("bar.sync 1, %0;" ::"n"(TEAM) : "memory");
+        } else {
+            asm volatile("bar.sync 2, %0;" ::"n"(TEAM) : "memory");
+        }
+    }
+}
+
+// sm_120 holds fewer blocks, having less shared memory, and its code needs a few registers more.
+#if __CUDA_ARCH__ >= 1200
+constexpr int FEWER_BLOCKS = 1;
+#else
+constexpr int FEWER_BLOCKS = 0;
+#endif
+
+// U tokens are scanned at a time. VECTOR: every access can be vectorised, and all N states exist.
+template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
+          bool SOFTPLUS, bool VECTOR, int MIN_BLOCKS>
+__global__ void __launch_bounds__(CH / CPT * S * DIRS,
+                  MIN_BLOCKS > FEWER_BLOCKS ? MIN_BLOCKS - FEWER_BLOCKS : 1)
 selective_scan_fwd_kernel(const ScanParams p) {
     constexpr int N = NS * S;
     constexpr int TEAM = CH / CPT * S;  // threads of a direction
     constexpr int QUAD = N < 4 ? N : 4;
     constexpr bool HAS_Y = MODE != STATES_ONLY;
-    using Shared = TeamShared<scalar_t, NS, S, CH, T, DIRS, MODE>;
+    using Shared = TeamShared<scalar_t, NS, S, CPT, CH, T, U, DIRS, MODE>;
     __shared__ Shared shared[DIRS];
 
-    const float scale = p.scale;
+    float scale;  // converted here: the compiler would do it again, slowly, at each use
+    asm volatile("cvt.rn.f32.f64 %0, %1;" : "=f"(scale) : "d"(p.scale));
+    const bool vector_rows = VECTOR || p.vector_rows, vector_bc = VECTOR || p.vector_bc;
+    const int states = VECTOR ? N : static_cast<int>(p.states);
 
     // Who this thread is.
     const int team = DIRS == 2 ? threadIdx.x / TEAM : 0;
     const int thread = threadIdx.x % TEAM;
-    const int s = thread % S;             // its share of the states
-    const int c0 = thread / S * CPT;      // its first channel in the block's
+    // Its share of the states, and its first channel in the block's. Neighbours in the lowest bit
+    // read the same B and C, those in the next bit the same step sizes: an access of 16 bytes takes
+    // half as many passes through shared memory where either holds for a whole warp.
+    constexpr int NEAR = 2;
+    const int s = thread / NEAR % S;
+    const int c0 = (thread / (NEAR * S) * NEAR + thread % NEAR) * CPT;
     const bool backwards = DIRS == 2 ? team == 1 : p.reverse != 0;
     Shared &my = shared[team];
 
@@ -145,7 +179,8 @@ selective_scan_fwd_kernel(const ScanParams p) {
     // This thread's part in moving tiles, and its address in each tensor for the tile to come.
     using Item = TileItem<T, CH, TEAM, scalar_t>;
     const Item item(thread, channels);
-    MatrixItem<T, NS, S, TEAM, scalar_t> matrices(thread, p.states);
+    using Matrices = MatrixItem<T, NS, S, TEAM, scalar_t>;
+    Matrices matrices(thread, states);
     const long long item_token = first_token + walk.first(item.row);
     auto start_of = [&](const void *x, long long offset, long long stride) {
         return static_cast<const scalar_t *>(x) + offset + item_token * stride + d0 + item.column;
@@ -172,9 +207,9 @@ selective_scan_fwd_kernel(const ScanParams p) {
     // Ask for the tiles of a step, which follows the step asked for last.
     auto prefetch = [&](int step) {
         const int stage = step % 2, low = walk.low(step), high = walk.high(step);
-        item.read(my.u[stage], u, u_stride, low, high, p.vector_rows);
-        item.read(my.dt[stage], dt, dt_stride, low, high, p.vector_rows);
-        matrices.load(BC, BC_step, low, high, p.vector_bc);
+        item.read(my.u[stage], u, u_stride, low, high, vector_rows);
+        item.read(my.dt[stage], dt, dt_stride, low, high, vector_rows);
+        matrices.load(BC, BC_step, low, high, vector_bc);
         u += static_cast<long long>(T) * u_stride;
         dt += static_cast<long long>(T) * dt_stride;
         BC += static_cast<long long>(T) * BC_step;
@@ -191,16 +226,16 @@ selective_scan_fwd_kernel(const ScanParams p) {
         lane.skip[j] = valid && p.D != nullptr ? p.D[d] : 0.f;
         lane.bias[j] = valid && p.dt_bias != nullptr ? p.dt_bias[d] : 0.f;
         delta_sum[j] = 0.f;
-        if (NS % 4 == 0 && p.vector_states) {
+        if (NS % 4 == 0 && (VECTOR || p.vector_states)) {
 #pragma unroll
             for (int i = 0; i < NS; i += 4) {
                 const int n = s * NS + i;
                 float4 A = {}, start = {};
-                if (valid && n < p.states) {
-                    A = *reinterpret_cast<const float4 *>(p.A + d * p.states + n);
+                if (valid && n < states) {
+                    A = *reinterpret_cast<const float4 *>(p.A + d * states + n);
                     if (p.start != nullptr)
                         start = *reinterpret_cast<const float4 *>(
-                            p.start + (chunk_row + c0 + j) * p.states + n);
+                            p.start + (chunk_row + c0 + j) * states + n);
                 }
                 const float as[4] = {A.x, A.y, A.z, A.w};
                 const float starts[4] = {start.x, start.y, start.z, start.w};
@@ -215,26 +250,38 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
         for (int i = 0; i < NS; ++i) {
             const int n = s * NS + i;
-            const bool there = valid && n < p.states;
-            lane.A2[j][i] = there ? LOG2_E * p.A[d * p.states + n] : 0.f;
+            const bool there = valid && n < states;
+            lane.A2[j][i] = there ? LOG2_E * p.A[d * states + n] : 0.f;
             lane.h[j][i] = there && p.start != nullptr
-                          ? p.start[(chunk_row + c0 + j) * p.states + n] : 0.f;
+                          ? p.start[(chunk_row + c0 + j) * states + n] : 0.f;
         }
     }
 
-    // The constants of the channel whose step sizes this thread works out, for S > 1.
-    constexpr int WARP_CHANNELS = 32 / S * CPT;
-    const int drive_channel = thread / 32 * WARP_CHANNELS + threadIdx.x % WARP_CHANNELS;
-    float drive_bias = 0.f, drive_skip = 0.f;
-    if (S > 1 && drive_channel < channels) {
-        const long long d = team * p.channels + d0 + drive_channel;
-        if (p.dt_bias != nullptr) drive_bias = p.dt_bias[d];
-        if (p.D != nullptr) drive_skip = p.D[d];
+    // For S > 1: the bias of the two channels whose step sizes this thread works out, and D of the
+    // channels that it writes out.
+    constexpr int WARP_CHANNELS = Shared::WARP_CHANNELS;
+    const int drive_channel =
+        thread / 32 * WARP_CHANNELS + threadIdx.x % (WARP_CHANNELS / 2) * 2;
+    float drive_bias[2] = {}, skip[Item::VEC] = {};
+    if constexpr (S > 1) {
+        const long long d = team * p.channels + d0;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            if (drive_channel + j < channels && p.dt_bias != nullptr)
+                drive_bias[j] = p.dt_bias[d + drive_channel + j];
+#pragma unroll
+        for (int j = 0; j < Item::VEC; ++j)
+            if (HAS_Y && j < item.columns && p.D != nullptr) skip[j] = p.D[d + item.column + j];
+        // Wait for them here: who waits in the loop waits for other loads in flight as well.
+#pragma unroll
+        for (int j = 0; j < 2; ++j) drive_bias[j] += 0.f;
+#pragma unroll
+        for (int j = 0; j < Item::VEC; ++j) skip[j] += 0.f;
     }
 
     prefetch(0);
     commit_copies();
-    matrices.store(my.BC[0]);
+    matrices.store(my.BC);
 
 #pragma unroll 1
     for (int step = 0; step < tiles; ++step) {
@@ -242,17 +289,22 @@ selective_scan_fwd_kernel(const ScanParams p) {
         const int low = walk.low(step), high = walk.high(step);
         const Visit visit = visit_of(step);
 
-        // Stage 1: this tile has arrived and the last one is written out; ask for the next.
+        // Stage 1: this tile has arrived and the last one is written out; ask for the next. Before
+        // the first tile to which a team comes second, the other must have written its share.
         wait_copies<0>();
-        __syncthreads();
+        if (DIRS == 2 && HAS_Y && visit == SECOND && visit_of(step - 1) != SECOND) {
+            __syncthreads();
+        } else {
+            wait_for_team<TEAM, DIRS>(team);
+        }
         if constexpr (HAS_Y) {
             if (visit != FIRST) {
-                if (p.z != nullptr) item.read(my.z, z, z_stride, low, high, p.vector_rows);
+                if (p.z != nullptr) item.read(my.z, z, z_stride, low, high, vector_rows);
                 if constexpr (MODE == STATES_AND_DZ)
-                    item.read(my.dy, dy, dy_stride, low, high, p.vector_rows);
+                    item.read(my.dy, dy, dy_stride, low, high, vector_rows);
                 if constexpr (DIRS == 2) {
                     if (visit == SECOND)
-                        item.read(my.other, y, y_stride, low, high, p.vector_rows);
+                        item.read(my.other, y, y_stride, low, high, vector_rows);
                 }
             }
             z += static_cast<long long>(T) * z_stride;
@@ -286,40 +338,76 @@ selective_scan_fwd_kernel(const ScanParams p) {
         // Stage 2: the recurrence.
         if constexpr (S == 1) {
             int r = low;
-            constexpr int U = 4 / CPT;  // more would cost registers
 #pragma unroll 1
             for (; r + U <= high; r += U)
-                scan_rows<U, MODE, SOFTPLUS>(lane, my, stage, r, c0, delta_sum);
+                scan_rows<U, MODE, SOFTPLUS, scalar_t>(lane, my, stage, r, c0, delta_sum);
 #pragma unroll 1
             for (; r < high; ++r)
-                scan_rows<1, MODE, SOFTPLUS>(lane, my, stage, r, c0, delta_sum);
+                scan_rows<1, MODE, SOFTPLUS, scalar_t>(lane, my, stage, r, c0, delta_sum);
         } else {
-            // A warp works out the step sizes of its channels for the whole tile, a value a lane.
+            // A warp works out the step sizes of its channels for the whole tile, two a lane.
+            constexpr int NEXT_ROW = CPT == 1 ? 1 : CH;  // in `drive`
             auto drive_at = [&](int r, int c) {
-                return &my.drive[CPT == 1 ? c * (T + 2) + r : r * CH + c];
+                return &my.drive[CPT == 1 ? c * Shared::DRIVE_PITCH + r : r * CH + c];
             };
-            constexpr int ROWS = 32 / WARP_CHANNELS > T ? T : 32 / WARP_CHANNELS;
-            const int drive_row = threadIdx.x % 32 / WARP_CHANNELS;
+            constexpr int ROWS = 64 / WARP_CHANNELS;
+            const int drive_row = threadIdx.x % 32 / (WARP_CHANNELS / 2);
+            const scalar_t *u_from = &my.u[stage][drive_row][drive_channel];
+            const scalar_t *dt_from = &my.dt[stage][drive_row][drive_channel];
+            float2 *drive_to[2] = {drive_at(drive_row, drive_channel),
+                                   drive_at(drive_row, drive_channel + 1)};
+            constexpr int ALL = (T + ROWS - 1) / ROWS, BATCH = ALL % 4 ? ALL % 2 ? 1 : 2 : 4;
 #pragma unroll
-            for (int r = drive_row; r < T && drive_row < ROWS; r += ROWS) {
-                const float u_ = to_float(my.u[stage][r][drive_channel]);
-                float delta = to_float(my.dt[stage][r][drive_channel]) + drive_bias;
-                if constexpr (SOFTPLUS) delta = softplus<scalar_t>(delta);
-                if (r < low || r >= high) delta = 0.f;  // leaves the state as it is
-                *drive_at(r, drive_channel) = make_float2(delta, delta * u_);
-                if constexpr (HAS_Y) my.y[r][drive_channel] = drive_skip * u_;
+            for (int k = 0; k < ALL; k += BATCH) {
+                if (ROWS > T && drive_row >= T) break;
+                float u_[BATCH][2], delta[BATCH][2];  // many at a time: the chains are long
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i) {
+                    load(u_from + (k + i) * ROWS * CH, u_[i]);
+                    load(dt_from + (k + i) * ROWS * CH, delta[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        delta[i][j] += drive_bias[j];
+                        if constexpr (SOFTPLUS) delta[i][j] = softplus<scalar_t>(delta[i][j]);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+                        drive_to[j][(k + i) * ROWS * NEXT_ROW] =
+                            make_float2(delta[i][j], delta[i][j] * u_[i][j]);
+                }
+            }
+            if (low > 0 || high < T) {
+#pragma unroll 1
+                for (int r = drive_row; r < T; r += ROWS) {
+                    if (r >= low && r < high) continue;
+                    // No step leaves the state as it is.
+                    *drive_at(r, drive_channel) = *drive_at(r, drive_channel + 1) = float2{};
+                }
             }
             __syncwarp();
-            constexpr int U = S < T ? S : T;  // tokens whose y are summed together
+
+            constexpr int COUNT = U * CPT;
+            constexpr int HOLDERS = COUNT < S ? S / COUNT : 1;  // lanes with the same sums of shares
+            constexpr int HELD = COUNT < S ? 1 : COUNT / S;     // sums that a lane has
+            const int first = low / U * U, held = s / HOLDERS * HELD;
+            const float2 *drive = drive_at(first, c0);
+            const float *BC_row = my.BC[first] + s * Matrices::SEGMENT;
+            float *y_to = HAS_Y ? &my.y[first + held / CPT][c0 + held % CPT] : nullptr;
 #pragma unroll 1
-            for (int r = low / U * U; r < high; r += U) {
-                float shares[U * CPT];
+            for (int r = first; r < high; r += U) {
+                float shares[COUNT];
                 float delta[U][CPT], du[U][CPT];
                 constexpr int VALUES = CPT == 1 ? 4 : 2 * CPT;  // two tokens of one channel, or one
 #pragma unroll
                 for (int t = 0; t < U; t += VALUES / 2 / CPT) {
                     float values[VALUES];
-                    load(reinterpret_cast<const float *>(drive_at(r + t, c0)), values);
+                    load(reinterpret_cast<const float *>(drive + t * NEXT_ROW), values);
 #pragma unroll
                     for (int k = 0; k < VALUES / 2; ++k) {
                         delta[t + k / CPT][k % CPT] = values[2 * k];
@@ -334,26 +422,33 @@ selective_scan_fwd_kernel(const ScanParams p) {
                         out[j] = 0.f;
                         if constexpr (MODE == STATES_ONLY) delta_sum[j] += delta[t][j];
                     }
-                    lane.template advance<HAS_Y>(my.BC[stage][r + t] + s * 2 * NS, delta[t], du[t],
-                                                 out);
+                    lane.template advance<HAS_Y>(BC_row + t * Matrices::PITCH, delta[t], du[t], out);
 #pragma unroll
                     for (int j = 0; j < CPT; ++j) shares[t * CPT + j] = out[j];
                 }
                 if constexpr (HAS_Y) {
-                    reduce_transposed<S>(shares, s);
-                    if (U == S || s % (S / U) == 0) {
+                    reduce_transposed<S, NEAR>(shares, s);
+                    if (s % HOLDERS == 0) {
 #pragma unroll
-                        for (int j = 0; j < CPT; ++j) my.y[r + s / (S / U)][c0 + j] += shares[j];
+                        for (int i = 0; i < HELD; ++i)
+                            y_to[i / CPT * Shared::Y_PITCH + i % CPT] = shares[i];
                     }
+                    y_to += U * Shared::Y_PITCH;
                 }
+                drive += U * NEXT_ROW;
+                BC_row += U * Matrices::PITCH;
             }
         }
 
         // Stage 3: add the other direction, gate and write out, 16 bytes at a time.
-        if (step + 1 < tiles) matrices.store(my.BC[(step + 1) % 2]);
-        if constexpr (HAS_Y) {
-            wait_copies<1>();  // this tile's z and share; the next tile may be on its way
+        if constexpr (HAS_Y) wait_copies<1>();  // this tile's z and share; not the next tile
+        if (DIRS == 2 && HAS_Y && visit == MIDDLE) {
             __syncthreads();
+        } else {
+            wait_for_team<TEAM, DIRS>(team);
+        }
+        if (step + 1 < tiles) matrices.store(my.BC);
+        if constexpr (HAS_Y) {
             constexpr int VEC = Item::VEC;
 #pragma unroll
             for (int k = 0; k < Item::COUNT; ++k) {
@@ -362,12 +457,26 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 if (visit == MIDDLE && team == 1) continue;
                 float sum[VEC];
                 load(&my.y[r][c], sum);
+                if constexpr (S > 1) {
+                    float u_[VEC];
+                    load(&my.u[stage][r][c], u_);
+#pragma unroll
+                    for (int j = 0; j < VEC; ++j) sum[j] = fmaf(skip[j], u_[j], sum[j]);
+                }
                 if (DIRS == 2 && visit != FIRST) {
                     float other[VEC];
                     if (visit == SECOND) {
                         load(&my.other[r][c], other);
                     } else {
                         load(&shared[DIRS - 1].y[T - 1 - r][c], other);
+                        if constexpr (S > 1) {
+                            float u_[VEC];
+                            load(&shared[DIRS - 1].u[stage][T - 1 - r][c], u_);
+#pragma unroll
+                            for (int j = 0; j < VEC; ++j)
+                                if (j < item.columns && p.D != nullptr)
+                                    other[j] = fmaf(p.D[p.channels + d0 + c + j], u_[j], other[j]);
+                        }
                     }
 #pragma unroll
                     for (int j = 0; j < VEC; ++j) sum[j] = (sum[j] + other[j]) * scale;
@@ -389,7 +498,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
                     }
                 }
                 scalar_t *to = y + static_cast<long long>(k * Item::ROW_STEP) * y_stride;
-                if (p.vector_rows) {
+                if (vector_rows) {
                     store(to, sum);
                 } else {
 #pragma unroll
@@ -410,7 +519,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
         for (int i = 0; i < NS; ++i) {
             const int n = s * NS + i;
-            if (n < p.states) p.end[(chunk_row + c0 + j) * p.states + n] = lane.h[j][i];
+            if (n < states) p.end[(chunk_row + c0 + j) * states + n] = lane.h[j][i];
         }
     }
 }

@@ -40,8 +40,10 @@ struct alignas(sizeof(scalar_t) * COUNT) Packet {
 // the special-function unit would lose its relative precision; a polynomial in e (minimax for the
 // relative error on [0, 1], 3e-8) keeps it, and leaves that unit, which bounds the scan, alone.
 template <typename scalar_t>
-__device__ __forceinline__ float softplus(float x) {
-    const float e = sizeof(scalar_t) == 4 ? expf(-fabsf(x)) : fast_exp2(-LOG2_E * fabsf(x));
+__device__ __forceinline__ float softplus_exponential(float x) {
+    return sizeof(scalar_t) == 4 ? expf(-fabsf(x)) : fast_exp2(-LOG2_E * fabsf(x));
+}
+__device__ __forceinline__ float softplus(float x, float e) {
     float q = 0.00523242168f;
     q = fmaf(q, e, -0.0295041464f);
     q = fmaf(q, e, 0.0782241747f);
@@ -52,6 +54,10 @@ __device__ __forceinline__ float softplus(float x) {
     q = fmaf(q, e, -0.499994934f);
     q = fmaf(q, e, 0.99999994f);
     return fmaf(q, e, fmaxf(x, 0.f));
+}
+template <typename scalar_t>
+__device__ __forceinline__ float softplus(float x) {
+    return softplus(x, softplus_exponential<scalar_t>(x));
 }
 
 __device__ __forceinline__ void copy_16_async(void *shared, const void *global, bool valid) {
@@ -129,7 +135,8 @@ struct TileItem {
           columns(min(VEC, channels - column)) {}
 
     // Read rows [low, high), zeros elsewhere; `from` is where this thread's first row is.
-    __device__ __forceinline__ void read(scalar_t (&to)[T][CH], const scalar_t *from, int stride,
+    template <int PITCH>
+    __device__ __forceinline__ void read(scalar_t (&to)[T][PITCH], const scalar_t *from, int stride,
                                          int low, int high, bool vector) const {
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
@@ -151,11 +158,14 @@ struct TileItem {
 // A thread's part in bringing B and C to shared memory: up to four elements of every ROW_STEP-th
 // row. `load` starts reading them into registers, as the words that they are in memory, so that
 // nothing waits for them before `store` converts them, once for all channels. In shared memory each
-// of the S lanes of a channel finds the B of its NS states, then the C.
+// of the S lanes of a channel finds the B of its NS states, then the C, in a SEGMENT of a row.
 template <int T, int NS, int S, int THREADS, typename scalar_t>
 struct MatrixItem {
     static constexpr int N = NS * S;
-    static constexpr int PITCH = 2 * N + (NS == 1 ? 2 : NS == 2 ? 4 : 0);  // spreads the banks
+    // Four floats more where segments would lie at multiples of the 128 bytes of all banks, and
+    // rows apart from each other for those who store them.
+    static constexpr int SEGMENT = 2 * NS + (S > 1 && NS >= 8 ? 4 : 0);
+    static constexpr int PITCH = S * SEGMENT + (NS == 1 ? 2 : NS == 2 ? 4 : 0);
     static constexpr int QUAD = N < 4 ? N : 4;
     static constexpr int ROW_ITEMS = 2 * N / QUAD;
     static constexpr int ROW_STEP = THREADS / ROW_ITEMS;
@@ -216,8 +226,8 @@ struct MatrixItem {
                 if constexpr (sizeof(scalar_t) == 4) {
                     value[j] = __uint_as_float(raw[k][j]);
                 } else {
-                    const unsigned short bits = raw[k][j / 2] >> 16 * (j % 2);
-                    value[j] = to_float(*reinterpret_cast<const scalar_t *>(&bits));
+                    const float2 pair = unpack_pair(scalar_t(), raw[k][j / 2]);
+                    value[j] = j % 2 ? pair.y : pair.x;
                 }
             }
             constexpr int W = NS < QUAD ? NS : QUAD;  // side by side in shared memory
@@ -226,7 +236,7 @@ struct MatrixItem {
                 Packet<float, W> packet;
 #pragma unroll
                 for (int i = 0; i < W; ++i) packet.at[i] = value[j + i];
-                float *at = &to[r][(n + j) / NS * 2 * NS + is_C * NS + (n + j) % NS];
+                float *at = &to[r][(n + j) / NS * SEGMENT + is_C * NS + (n + j) % NS];
                 *reinterpret_cast<Packet<float, W> *>(at) = packet;
             }
         }

@@ -2,13 +2,15 @@
 // docs/scan_backward.md; contract: vim/ops/selective_scan.py.
 //
 // The forward kernel has run once more and left the state before each tile of T tokens, and the
-// gradient of z. A block takes the tiles of one direction and CH channels from the last in scan order
-// to the first: it recomputes the states of the tile from the saved one, keeps the decays and the
-// decayed states of HELD tokens in registers, and runs the adjoint recurrence over them in reverse.
+// gradient of z. A block takes the tiles of one direction and CH channels from the last in scan
+// order to the first: it recomputes the states of the tile from the saved one, keeps them in
+// registers, with the decays of the last KEPT tokens, and runs the adjoint recurrence over them in
+// reverse.
 //
 // Sums over channels (B, C) go through the warp, then the block, then one partial sum a block to
 // memory; sums over tokens (A, D, dt_bias) leave one partial sum a batch item. The host adds those
-// in a fixed order, so that results are deterministic. Accumulation is in float32.
+// in a fixed order, so that results are deterministic. Accumulation is in float32; of 16-bit inputs
+// the products that make dB and dC are in tf32.
 
 #include "selective_scan.cuh"
 
@@ -18,56 +20,106 @@ struct ScanGradients {
     float *dstart;      // (dirs, B, D, N), or null
     void *du, *ddt;     // (dirs, B, L, D)
     float *dBC;         // (P, dirs, B, L, G, 2 N) partial sums
-    float *dA;          // (dirs, B, D, N) partial sums
-    float *dD, *dbias;  // (dirs, B, D) partial sums
+    float *dparameters; // (dirs, B, D (N + 2)) partial sums: A (D, N), then D, then dt_bias
 };
 
-// What the recurrences need of a token and channel.
-struct alignas(16) Drive {
-    float delta;  // step size
-    float du;     // delta * u
-    float g;      // gradient of <C, h> + D * u
-    float slope;  // derivative of delta by dt
-};
+// d = a * b + c on the tensor cores, in tf32. With g = lane / 4 and t = lane % 4, a lane gives a[0]
+// of (row g, k t), a[1] of (g + 8, t), a[2] of (g, t + 4), a[3] of (g + 8, t + 4); b[0] of (k t,
+// column g), b[1] of (t + 4, g); c and d are (row g, columns 2 t and 2 t + 1), then row g + 8.
+__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const float (&a)[4],
+                                                  const float (&b)[2], const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
 
-// Code for sm_80 needs a few registers more than three blocks leave.
-#if __CUDA_ARCH__ >= 900
-constexpr int MOST_BLOCKS = 3;
-#else
-constexpr int MOST_BLOCKS = 2;
-#endif
+// Keep what was computed: the compiler would rather compute it again at every use.
+__device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }
+__device__ __forceinline__ void keep(float &x) { asm("" : "+f"(x)); }
 
-template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int HELD, bool SOFTPLUS,
-          int MIN_BLOCKS>
-__global__ void __launch_bounds__(CH / CPT * S,
-                                  MIN_BLOCKS < MOST_BLOCKS ? MIN_BLOCKS : MOST_BLOCKS)
+template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int KEPT, bool SOFTPLUS,
+          bool VECTOR, int MIN_BLOCKS>
+__global__ void __launch_bounds__(CH / CPT * S, MIN_BLOCKS)
 selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     constexpr int N = NS * S;
     constexpr int THREADS = CH / CPT * S;
     constexpr int WARPS = THREADS / 32;
-    constexpr int PARTS = T / HELD;
     constexpr int QUAD = N < 4 ? N : 4;
     constexpr int W = NS < 4 ? NS : 4;
-    static_assert(S % CPT == 0, "a thread prepares tokens of one channel");
+    constexpr int LANES = 32 / S;  // lanes of a warp that hold the same states of other channels
+    static_assert(CPT <= S, "sums over states are shared out by channels");
+    // A team of threads owns channels and waits for nobody else where they fill a warp.
+    constexpr int TEAM = LANES * CPT >= 16 ? 32 : THREADS;
+    constexpr int TEAMS = THREADS / TEAM;
+    constexpr int TEAM_CH = CH / TEAMS;
+    static_assert(TEAM_CH % 2 == 0, "channels are prepared in pairs");
+    // Products of 16-bit inputs are summed over channels in tf32, whose rounding is finer. A row of
+    // the product belongs to some states and to the channels of four lanes, a column to channels of
+    // four lanes: of use is where these agree. Two columns side by side do if lanes with
+    // neighbouring states hold their channels in the same order (CPT < S).
+    constexpr bool TENSOR =
+        sizeof(scalar_t) == 2 && S <= 8 && CPT % 2 == 0 && CPT < S && NS % 2 == 0;
+    constexpr int SUBSETS = TENSOR ? 8 / S : 1;
+    constexpr int SHARES = WARPS * SUBSETS;  // partial sums over channels
+    // Lanes with neighbouring states of the same channels are this far apart.
+    constexpr int STRIDE = TENSOR ? 4 : LANES;
     using Item = TileItem<T, CH, THREADS, scalar_t>;
     using Matrices = MatrixItem<T, NS, S, THREADS, scalar_t>;
+    constexpr int PITCH = CH + 16 / sizeof(scalar_t);  // spreads the banks
 
+    constexpr int PAIRS = TEAM_CH / 2, OWN_STEP = TEAM / PAIRS;
+    constexpr int OWN_ROWS = OWN_STEP < T / 2 ? OWN_STEP : T / 2;
+
+    // What the recurrences need of two tokens and a channel comes in one access: step sizes delta
+    // and du = delta * u; g, the gradient of <C, h> + D * u.
+    struct Team {
+        alignas(16) float4 steps[T / 2][TEAM_CH];      // delta, du; delta, du of the next token
+        alignas(16) float2 g[T / 2][TEAM_CH];
+        // For stage 5: two channels of a token, then of the next; slopes of delta by dt.
+        alignas(16) float4 deltas[T / 2][TEAM_CH / 2], slopes[T / 2][TEAM_CH / 2];
+        alignas(16) float2 sums[T][TEAM_CH];            // <dh, B>, <A2, dh * a * h>
+        // Registers are dear: of two channels dt_bias and D; a thread's sums of their gradients.
+        alignas(16) float4 constants[PAIRS], totals[OWN_ROWS][PAIRS];
+    };
+    __shared__ Team teams[TEAMS];
     __shared__ struct {
-        alignas(16) scalar_t u[2][T][CH], dt[2][T][CH], dy[2][T][CH], z[2][T][CH];
+        alignas(16) scalar_t u[2][T][PITCH], dt[2][T][PITCH], dy[2][T][PITCH], z[2][T][PITCH];
         alignas(16) float BC[2][T][Matrices::PITCH];
-        alignas(16) Drive drive[T][CH];
-        alignas(16) float2 sums[T][CH];           // <dh, B>, <A2, dh * a * h>
-        alignas(16) float dBC[T][WARPS][2 * N];   // partial sums of the warps
+        alignas(16) float2 dBC[T][SHARES][N];
     } my;
 
-    // Who this thread is: for the recurrences, and for what is done a channel and token at a time.
-    const int thread = threadIdx.x, warp = thread / 32;
-    const int s = thread % S, c0 = thread / S * CPT;
-    const int own_channel = thread % CH, own_row = thread / CH;
-    constexpr int OWN_STEP = THREADS / CH;
-    const float scale = p.scale;
+    // Who this thread is: for the recurrences, and for what is done two channels and two tokens
+    // at a time.
+    const int thread = threadIdx.x;
+    __builtin_assume(thread >= 0 && thread < THREADS);
+    const int warp = thread / 32, lane = thread % 32;
+    int s = lane / STRIDE % S;
+    const int subset = lane / (STRIDE * S);
+    const bool odd = lane / 4 % 2;
+    // Register j is channel `channel_of(j)` of the team. The order differs between lanes that share
+    // channels, so that in sums over states they find what to send in the same registers.
+    constexpr int SPREAD = S / CPT;
+    int channel = (warp % (TEAM / 32)) * LANES * CPT + subset * STRIDE * CPT +
+                  STRIDE * (s / SPREAD) + lane % STRIDE;
+    auto channel_of = [&](int j) { return channel ^ STRIDE * j; };
+    keep(s), keep(channel);
+    Team &team = teams[thread / TEAM];
+    const int own_pair = thread % PAIRS, own_channel = 2 * own_pair;
+    const int own_row = thread % TEAM / PAIRS;  // of T / 2 pairs of tokens
+    const int staged_channel = thread / TEAM * TEAM_CH + own_channel;
+    float scale = p.scale;
+    keep(scale);
+    auto wait_for_team = [] {
+        if constexpr (TEAM == 32)
+            __syncwarp();
+        else
+            __syncthreads();
+    };
 
-    // What this block does.
+    // What this block does, and this team.
     const int group_channels = static_cast<int>(p.channels) / static_cast<int>(p.groups);
     const int group_blocks = (group_channels + CH - 1) / CH;
     unsigned index = blockIdx.x;
@@ -77,19 +129,22 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     index /= static_cast<unsigned>(p.groups);
     const long long batch = index % static_cast<unsigned>(p.batch);
     const int dir = index / static_cast<unsigned>(p.batch);
-    const int channels = min(CH, group_channels - group_block * CH);
-    const int d0 = group * group_channels + group_block * CH;
+    const int block_channels = min(CH, group_channels - group_block * CH);
+    const int block_d0 = group * group_channels + group_block * CH;
+    const int channels = block_channels - thread / TEAM * TEAM_CH;  // of the team, and after it
+    const int d0 = block_d0 + thread / TEAM * TEAM_CH;
     const long long item_row = dir * p.batch + batch;
     const Walk<T> walk(p.length, dir == 1 || p.reverse);
     const int tiles = walk.tiles, sign = walk.sign;
 
     // Addresses of this thread's part of the tile to come, the last one first.
-    const Item item(thread, channels);
+    const Item item(thread, block_channels);
     Matrices matrices(thread, p.states);
     const long long last = static_cast<long long>(sign) * T * (tiles - 1);
     const long long item_token = last + walk.first(item.row);
     auto start_of = [&](const void *x, long long offset, long long stride) {
-        return static_cast<const scalar_t *>(x) + offset + item_token * stride + d0 + item.column;
+        return static_cast<const scalar_t *>(x) + offset + item_token * stride + block_d0 +
+               item.column;
     };
     const int u_stride = sign * static_cast<int>(p.u_token);
     const int dt_stride = sign * static_cast<int>(p.dt_token);
@@ -106,40 +161,47 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                          (matrices.is_C ? C_offset : B_offset) + matrices.n +
                          (last + walk.first(matrices.row)) * BC_stride;
     const int BC_step = sign * static_cast<int>(BC_stride);
-    const bool lane_valid[2] = {c0 < channels, c0 + CPT - 1 < channels};
-    static_assert(CPT <= 2, "lane_valid tells of the first and the last channel");
+
+    // Rows of a tile that exist.
+    const int low_first = walk.low(0), high_last = walk.high(tiles - 1);
+    auto low_of = [&](int step) { return step == 0 ? low_first : 0; };
+    auto high_of = [&](int step) { return step == tiles - 1 ? high_last : T; };
 
     // Ask for the tile of a step; steps count in scan order and come from the last to the first.
+    const bool has_z = p.z != nullptr;
     auto prefetch = [&](int step) {
-        const int stage = step % 2, low = walk.low(step), high = walk.high(step);
-        item.read(my.u[stage], u, u_stride, low, high, p.vector_rows);
-        item.read(my.dt[stage], dt, dt_stride, low, high, p.vector_rows);
-        item.read(my.dy[stage], dy, dy_stride, low, high, p.vector_rows);
-        if (p.z != nullptr) item.read(my.z[stage], z, z_stride, low, high, p.vector_rows);
-        matrices.load(BC, BC_step, low, high, p.vector_bc);
-        u -= static_cast<long long>(T) * u_stride;
-        dt -= static_cast<long long>(T) * dt_stride;
-        dy -= static_cast<long long>(T) * dy_stride;
-        z -= static_cast<long long>(T) * z_stride;
-        BC -= static_cast<long long>(T) * BC_step;
+        const int stage = step & 1, low = low_of(step), high = high_of(step);
+        item.read(my.u[stage], u, u_stride, low, high, VECTOR);
+        item.read(my.dt[stage], dt, dt_stride, low, high, VECTOR);
+        item.read(my.dy[stage], dy, dy_stride, low, high, VECTOR);
+        if (has_z) item.read(my.z[stage], z, z_stride, low, high, VECTOR);
+        matrices.load(BC, BC_step, low, high, VECTOR);
+        u -= T * static_cast<long long>(u_stride);
+        dt -= T * static_cast<long long>(dt_stride);
+        dy -= T * static_cast<long long>(dy_stride);
+        z -= T * static_cast<long long>(z_stride);
+        BC -= T * static_cast<long long>(BC_step);
     };
-    // The state before the tile of a step.
-    auto load_start = [&](int step, float (&h)[CPT][NS]) {
-        const long long row = item_row * tiles + walk.tile(step);
+    // The state before the tile to come.
+    const long long quad_stride = p.channels * QUAD;
+    const float *start = p.tile_states +
+                         ((item_row * tiles + walk.tile(tiles - 1)) * (N / QUAD) + s * NS / QUAD) *
+                             quad_stride + d0 * QUAD + s * NS % QUAD;
+    const long long start_step = sign * (N / QUAD) * quad_stride;
+    auto load_start = [&](float (&h)[CPT][NS]) {
 #pragma unroll
-        for (int j = 0; j < CPT; ++j) {
+        for (int i = 0; i < NS; i += W) {
 #pragma unroll
-            for (int i = 0; i < NS; i += W) {
-                const int n = s * NS + i;
+            for (int j = 0; j < CPT; ++j) {
                 Packet<float, W> packet = {};
-                if (lane_valid[j])
+                if (channel_of(j) < channels)
                     packet = *reinterpret_cast<const Packet<float, W> *>(
-                        p.tile_states +
-                        ((row * (N / QUAD) + n / QUAD) * p.channels + d0 + c0 + j) * QUAD + n % QUAD);
+                        start + i / W * quad_stride + channel_of(j) * QUAD);
 #pragma unroll
                 for (int k = 0; k < W; ++k) h[j][i + k] = packet.at[k];
             }
         }
+        start -= start_step;
     };
     auto load_row = [&](const float *at, float (&b)[NS], float (&c)[NS]) {
         if constexpr (NS < 4) {
@@ -160,205 +222,355 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
 #pragma unroll
         for (int i = 0; i < NS; ++i) {
             const int n = s * NS + i;
-            const bool there = lane_valid[j] && n < p.states;
-            const long long d = d0 + c0 + j;
+            const bool there = channel_of(j) < channels && n < p.states;
+            const long long d = d0 + channel_of(j);
             A2[j][i] = there ? LOG2_E * p.A[(dir * p.channels + d) * p.states + n] : 0.f;
             dh[j][i] = there && grad.dend != nullptr
                            ? grad.dend[(item_row * p.channels + d) * p.states + n] : 0.f;
             dA[j][i] = 0.f;
         }
     }
-    const bool own_valid = own_channel < channels;
-    const int own_d = dir * static_cast<int>(p.channels) + d0 + own_channel;
-    const float skip = own_valid && p.D != nullptr ? p.D[own_d] : 0.f;
-    const float bias = own_valid && p.dt_bias != nullptr ? p.dt_bias[own_d] : 0.f;
-    float dD = 0.f, dbias = 0.f;
+    if (own_row < OWN_ROWS) team.totals[own_row][own_pair] = {};
+    if (own_row == 0) {
+        float bias[2], skip[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const bool there = own_channel + i < channels;
+            const long long d = dir * p.channels + d0 + own_channel + i;
+            bias[i] = there && p.dt_bias != nullptr ? p.dt_bias[d] : 0.f;
+            skip[i] = there && p.D != nullptr ? p.D[d] : 0.f;
+        }
+        team.constants[own_pair] = make_float4(bias[0], bias[1], skip[0], skip[1]);
+    }
 
     // Where the gradients of row 0 of the first tile go, and the distance of rows.
     const int states = p.states;
     const int own_stride = sign * static_cast<int>(p.channels);
     const long long own_first =
-        (item_row * p.length + walk.first(0)) * p.channels + d0 + own_channel;
+        (item_row * p.length + last + walk.first(2 * own_row)) * p.channels + d0 + own_channel;
+    scalar_t *du_to = static_cast<scalar_t *>(grad.du) + own_first;
+    scalar_t *ddt_to = static_cast<scalar_t *>(grad.ddt) + own_first;
     const int dBC_stride = sign * static_cast<int>(p.groups) * 2 * states;
     const long long partial_rows = gridDim.x / static_cast<unsigned>(group_blocks * p.groups);
-    float *dBC_first =
-        grad.dBC + (((group_block * partial_rows + item_row) * p.length + walk.first(0)) * p.groups +
-                    group) * 2 * states;
+    const int dBC_row = thread / N, dBC_state = thread % N;
+    constexpr int DBC_STEP = THREADS / N;
+    float *dBC_to = grad.dBC +
+                    (((group_block * partial_rows + item_row) * p.length + last +
+                      walk.first(dBC_row)) * p.groups + group) * 2 * states + dBC_state;
+
+    // The block's sums over channels, once every warp has left its own.
+    auto write_dBC = [&](int step) {
+        const int low = low_of(step), high = high_of(step);
+#pragma unroll
+        for (int k = 0; k < (T + DBC_STEP - 1) / DBC_STEP; ++k) {
+            const int r = dBC_row + k * DBC_STEP;
+            if (r < low || r >= high || dBC_state >= states) continue;
+            float2 sum = {};
+#pragma unroll
+            for (int w = 0; w < SHARES; ++w) {
+                const float2 share = my.dBC[r][w][dBC_state];
+                sum.x += share.x;
+                sum.y += share.y;
+            }
+            float *to = dBC_to + k * DBC_STEP * dBC_stride;
+            to[0] = sum.x;
+            to[states] = sum.y;
+        }
+        dBC_to -= T * static_cast<long long>(dBC_stride);
+    };
+
+    // Add this thread's sums of gradients of A, and the team's of D and dt_bias, to those in memory,
+    // which the first call sets.
+    auto add_parameters = [&](bool first) {
+        float *to = grad.dparameters + item_row * p.channels * (p.states + 2);
+#pragma unroll
+        for (int j = 0; j < CPT; ++j) {
+#pragma unroll
+            for (int i = 0; i < NS; ++i) {
+                const int n = s * NS + i;
+                if (channel_of(j) >= channels || n >= p.states) continue;
+                float &sum = to[(d0 + channel_of(j)) * p.states + n];
+                sum = first ? dA[j][i] : sum + dA[j][i];
+                dA[j][i] = 0.f;
+            }
+        }
+        wait_for_team();  // for the threads that prepared tokens of the same channels
+        if (own_row > 0) return;
+        float4 total = {};
+        for (int k = 0; k < OWN_ROWS; ++k) {
+            const float4 more = team.totals[k][own_pair];
+            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+            team.totals[k][own_pair] = {};
+        }
+        to += p.channels * p.states + d0 + own_channel;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (own_channel + i >= channels) continue;
+            const float dD = i ? total.y : total.x, dbias = i ? total.w : total.z;
+            to[i] = first ? dD : to[i] + dD;
+            to[p.channels + i] = first ? dbias : to[p.channels + i] + dbias;
+        }
+    };
+    // Sums over tokens are taken in blocks of so many tiles: one running sum of 100,000 terms would
+    // have lost two digits.
+    constexpr int SUM_TILES = 64;
 
     prefetch(tiles - 1);
     commit_copies();
-    matrices.store(my.BC[(tiles - 1) % 2]);
+    matrices.store(my.BC[(tiles - 1) & 1]);
 
 #pragma unroll 1
     for (int step = tiles - 1; step >= 0; --step) {
-        const int stage = step % 2;
-        const int low = walk.low(step), high = walk.high(step);
+        const int stage = step & 1, low = low_of(step), high = high_of(step);
 
-        // Stage 1: this tile has arrived; ask for the one before it.
+        // Stage 1: this tile has arrived, and the sums of the one after it; ask for the one before.
         wait_copies<0>();
         __syncthreads();
-        float h_start[CPT][NS];
-        load_start(step, h_start);
+        float h[T + 1][CPT][NS];  // h[t + 1] is the state after token t
+        load_start(h[0]);
         if (step > 0) prefetch(step - 1);
         commit_copies();
+        if (step < tiles - 1) write_dBC(step + 1);
 
-        // Stage 2: what needs no state, a token and channel a thread.
+        // Stage 2: what needs no state, two tokens and two channels a thread.
 #pragma unroll
-        for (int r = own_row; r < T; r += OWN_STEP) {
-            Drive drive;
-            const float x = to_float(my.dt[stage][r][own_channel]) + bias;
-            drive.delta = SOFTPLUS ? softplus<scalar_t>(x) : x;
-            drive.slope = SOFTPLUS ? fast_sigmoid(x) : 1.f;
-            drive.g = scale * to_float(my.dy[stage][r][own_channel]);
-            if (p.z != nullptr) drive.g *= fast_silu(to_float(my.z[stage][r][own_channel]));
-            if (r < low || r >= high) drive.delta = 0.f, drive.g = 0.f;  // leaves states as they are
-            drive.du = drive.delta * to_float(my.u[stage][r][own_channel]);
-            my.drive[r][own_channel] = drive;
+        for (int pair = own_row; pair < T / 2; pair += OWN_STEP) {
+            float delta[2][2], du[2][2], g[2][2], slope[2][2];  // by token and channel
+            const float2 bias = *reinterpret_cast<const float2 *>(&team.constants[own_pair].x);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int r = 2 * pair + e;
+                float u_[2], z_[2];
+                load(&my.dt[stage][r][staged_channel], delta[e]);
+                load(&my.u[stage][r][staged_channel], u_);
+                load(&my.dy[stage][r][staged_channel], g[e]);
+                if (has_z) load(&my.z[stage][r][staged_channel], z_);
+                const bool valid = r >= low && r < high;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float x = delta[e][i] + (i ? bias.y : bias.x);
+                    if constexpr (SOFTPLUS) {
+                        const float exponential = softplus_exponential<scalar_t>(x);
+                        // 1 / (1 + e^-x), with e^-|x|.
+                        slope[e][i] =
+                            fast_reciprocal(1.f + exponential) * (x < 0.f ? exponential : 1.f);
+                        delta[e][i] = softplus(x, exponential);
+                    } else {
+                        slope[e][i] = 1.f;
+                        delta[e][i] = x;
+                    }
+                    g[e][i] *= scale;
+                    if (has_z) g[e][i] *= fast_silu(z_[i]);
+                    // Steps of zero leave states as they are.
+                    if (!valid) delta[e][i] = g[e][i] = 0.f;
+                    du[e][i] = delta[e][i] * u_[i];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                team.steps[pair][own_channel + i] =
+                    make_float4(delta[0][i], du[0][i], delta[1][i], du[1][i]);
+                team.g[pair][own_channel + i] = make_float2(g[0][i], g[1][i]);
+            }
+            team.deltas[pair][own_pair] =
+                make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
+            team.slopes[pair][own_pair] =
+                make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
         }
         __syncthreads();
 
-        // Stages 3 and 4 take the tile in PARTS, the last one first, since the registers hold the
-        // decays of HELD tokens only: the states before a part are found from the tile's start.
-#pragma unroll 1
-        for (int part = PARTS - 1; part >= 0; --part) {
-            float h[CPT][NS];
+        // Stage 3: the states once more.
+        float kept[KEPT ? KEPT : 1][CPT][NS];
 #pragma unroll
-            for (int j = 0; j < CPT; ++j)
+        for (int t = 0; t < T; t += 2) {
+            float4 steps[CPT];
 #pragma unroll
-                for (int i = 0; i < NS; ++i) h[j][i] = h_start[j][i];
-#pragma unroll 1
-            for (int t = 0; t < part * HELD; ++t) {
+            for (int j = 0; j < CPT; ++j) steps[j] = team.steps[t / 2][channel_of(j)];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
                 float b[NS], c[NS];
-                load_row(&my.BC[stage][t][s * 2 * NS], b, c);
+                load_row(&my.BC[stage][t + e][s * Matrices::SEGMENT], b, c);
 #pragma unroll
                 for (int j = 0; j < CPT; ++j) {
-                    const float2 drive = *reinterpret_cast<const float2 *>(&my.drive[t][c0 + j]);
-#pragma unroll
-                    for (int i = 0; i < NS; ++i)
-                        h[j][i] = fmaf(drive.y, b[i], fast_exp2(drive.x * A2[j][i]) * h[j][i]);
-                }
-            }
-
-            // Stage 3: the states once more. `decayed` is a * h before the token.
-            float a[HELD][CPT][NS], decayed[HELD][CPT][NS];
-#pragma unroll
-            for (int k = 0; k < HELD; ++k) {
-                const int t = part * HELD + k;
-                float b[NS], c[NS];
-                load_row(&my.BC[stage][t][s * 2 * NS], b, c);
-#pragma unroll
-                for (int j = 0; j < CPT; ++j) {
-                    const float2 drive = *reinterpret_cast<const float2 *>(&my.drive[t][c0 + j]);
+                    const float delta = e ? steps[j].z : steps[j].x;
+                    const float du = e ? steps[j].w : steps[j].y;
 #pragma unroll
                     for (int i = 0; i < NS; ++i) {
-                        a[k][j][i] = fast_exp2(drive.x * A2[j][i]);
-                        decayed[k][j][i] = a[k][j][i] * h[j][i];
-                        h[j][i] = fmaf(drive.y, b[i], decayed[k][j][i]);
+                        const float a = fast_exp2(delta * A2[j][i]);
+                        if (t + e >= T - KEPT) kept[t + e - (T - KEPT)][j][i] = a;
+                        h[t + e + 1][j][i] = fmaf(du, b[i], a * h[t + e][j][i]);
                     }
                 }
             }
+        }
 
-            // Stage 4: the adjoint recurrence, from the last token of the part to the first.
+        // Across this the compiler reads steps, B and C again, rather than keep them in registers
+        // and with them the decays.
+        __syncwarp();
+
+        // Stage 4: the adjoint recurrence, from the last token to the first.
+        float4 steps[CPT];
+        float2 gs[CPT];
 #pragma unroll
-            for (int k = HELD - 1; k >= 0; --k) {
-                const int t = part * HELD + k;
-                float b[NS], c[NS], dBC[2 * NS], sums[2 * CPT];
-                load_row(&my.BC[stage][t][s * 2 * NS], b, c);
+        for (int t = T - 1; t >= 0; --t) {
+            if (t % 2 == 1) {
 #pragma unroll
                 for (int j = 0; j < CPT; ++j) {
-                    const Drive drive = my.drive[t][c0 + j];
-                    sums[2 * j] = sums[2 * j + 1] = 0.f;
+                    steps[j] = team.steps[t / 2][channel_of(j)];
+                    gs[j] = team.g[t / 2][channel_of(j)];
+                }
+            }
+            float b[NS], c[NS], du[CPT], g[CPT], over_b[CPT], over_A[CPT], dBC[2 * NS];
+            load_row(&my.BC[stage][t][s * Matrices::SEGMENT], b, c);
+            float products[NS / 2 + 1][4] = {};  // of two states: dB, dC, then the other's
+            float before[CPT][NS];  // dh before the decay, for the products
 #pragma unroll
-                    for (int i = 0; i < NS; ++i) {
-                        const float state = fmaf(drive.du, b[i], decayed[k][j][i]);
-                        dh[j][i] = fmaf(drive.g, c[i], dh[j][i]);
-                        dBC[i] = fmaf(drive.du, dh[j][i], j == 0 ? 0.f : dBC[i]);
-                        dBC[NS + i] = fmaf(drive.g, state, j == 0 ? 0.f : dBC[NS + i]);
-                        sums[2 * j] = fmaf(dh[j][i], b[i], sums[2 * j]);
-                        const float product = dh[j][i] * decayed[k][j][i];
-                        sums[2 * j + 1] = fmaf(A2[j][i], product, sums[2 * j + 1]);
-                        dA[j][i] = fmaf(drive.delta, product, dA[j][i]);
-                        dh[j][i] *= a[k][j][i];
+            for (int j = 0; j < CPT; ++j) {
+                const float delta = t % 2 ? steps[j].z : steps[j].x;
+                du[j] = t % 2 ? steps[j].w : steps[j].y;
+                g[j] = t % 2 ? gs[j].y : gs[j].x;
+                over_b[j] = over_A[j] = 0.f;
+#pragma unroll
+                for (int i = 0; i < NS; ++i) {
+                    before[j][i] = fmaf(g[j], c[i], dh[j][i]);
+                    over_b[j] = fmaf(before[j][i], b[i], over_b[j]);
+                    if constexpr (!TENSOR) {
+                        dBC[i] = fmaf(du[j], before[j][i], j == 0 ? 0.f : dBC[i]);
+                        dBC[NS + i] = fmaf(g[j], h[t + 1][j][i], j == 0 ? 0.f : dBC[NS + i]);
+                    }
+                    const float a = t >= T - KEPT ? kept[t - (T - KEPT)][j][i]
+                                                  : fast_exp2(delta * A2[j][i]);
+                    dh[j][i] = before[j][i] * a;
+                    const float product = dh[j][i] * h[t][j][i];
+                    over_A[j] = fmaf(A2[j][i], product, over_A[j]);
+                    dA[j][i] = fmaf(delta, product, dA[j][i]);
+                }
+            }
+            // Over the states of a channel: the S lanes that share it.
+#pragma unroll
+            for (int half = CPT / 2; half >= 1; half /= 2) {
+#pragma unroll
+                for (int j = 0; j < half; ++j) {
+                    const int mask = half * SPREAD * STRIDE;
+                    over_b[j] += __shfl_xor_sync(FULL_WARP, over_b[j + half], mask);
+                    over_A[j] += __shfl_xor_sync(FULL_WARP, over_A[j + half], mask);
+                }
+            }
+            float sums[2] = {over_b[0], over_A[0]};
+            if constexpr (SPREAD == 1) {
+                team.sums[t][channel_of(0)] = make_float2(sums[0], sums[1]);
+            } else {
+                reduce_transposed<SPREAD, STRIDE>(sums, s % SPREAD);
+                if (SPREAD == 2 || s % (SPREAD / 2) == 0)
+                    reinterpret_cast<float *>(
+                        &team.sums[t][channel_of(0)])[s % SPREAD / (SPREAD / 2)] = sums[0];
+            }
+            // Over the channels of the warp: the lanes that hold the same states.
+            if constexpr (TENSOR) {
+                // Even columns are for dB, odd ones for dC.
+#pragma unroll
+                for (int j = 0; j < CPT; j += 2) {
+                    const float to_B[2] = {odd ? 0.f : du[j], odd ? 0.f : du[j + 1]};
+                    const float to_C[2] = {odd ? g[j] : 0.f, odd ? g[j + 1] : 0.f};
+#pragma unroll
+                    for (int i = 0; i < NS; i += 2) {
+                        float(&sum)[4] = products[i / 2];
+                        multiply_add_tf32(sum,
+                                          {before[j][i], before[j][i + 1], before[j + 1][i],
+                                           before[j + 1][i + 1]},
+                                          to_B, sum);
+                        multiply_add_tf32(sum,
+                                          {h[t + 1][j][i], h[t + 1][j][i + 1],
+                                           h[t + 1][j + 1][i], h[t + 1][j + 1][i + 1]},
+                                          to_C, sum);
                     }
                 }
-                // Over the states of a channel: the S lanes that share it.
-                reduce_transposed<S>(sums, s);
-                constexpr int SUMS = 2 * CPT > S ? 2 * CPT / S : 1, SUM_LANES = 2 * CPT / SUMS;
-                if (s % (S / SUM_LANES) == 0) {
+                if (lane % 4 == lane / 8) {
+                    float2 *to = &my.dBC[t][warp * SUBSETS + subset][s * NS];
 #pragma unroll
-                    for (int i = 0; i < SUMS; ++i)
-                        reinterpret_cast<float *>(&my.sums[t][c0])[s / (S / SUM_LANES) * SUMS + i] =
-                            sums[i];
+                    for (int i = 0; i < NS; i += 2) {
+                        const float(&sum)[4] = products[i / 2];
+                        *reinterpret_cast<float4 *>(to + i) =
+                            make_float4(sum[0], sum[1], sum[2], sum[3]);
+                    }
                 }
-                // Over the channels of the warp: the lanes that hold the same states.
-                constexpr int CHANNEL_LANES = 32 / S;
-                const int q = threadIdx.x % 32 / S;
-                reduce_transposed<CHANNEL_LANES, S>(dBC, q);
-                constexpr int KEPT = 2 * NS > CHANNEL_LANES ? 2 * NS / CHANNEL_LANES : 1;
-                constexpr int KEEPERS = 2 * NS / KEPT;
-                if (q % (CHANNEL_LANES / KEEPERS) == 0) {
+            } else {
+                const int q = lane % LANES;
+                reduce_transposed<LANES>(dBC, q);
+                constexpr int HELD = 2 * NS > LANES ? 2 * NS / LANES : 1;
+                constexpr int KEEPERS = 2 * NS / HELD;
+                if (q % (LANES / KEEPERS) == 0) {
 #pragma unroll
-                    for (int i = 0; i < KEPT; ++i)
-                        my.dBC[t][warp][s * 2 * NS + q / (CHANNEL_LANES / KEEPERS) * KEPT + i] = dBC[i];
+                    for (int i = 0; i < HELD; ++i) {
+                        const int value = q / (LANES / KEEPERS) * HELD + i;
+                        float2 &to = my.dBC[t][warp][s * NS + value % NS];
+                        (value < NS ? to.x : to.y) = dBC[i];
+                    }
                 }
             }
         }
-        if (step > 0) matrices.store(my.BC[(step - 1) % 2]);
-        __syncthreads();
+        if (step > 0) matrices.store(my.BC[stage ^ 1]);
+        wait_for_team();
 
-        // Stage 5: gradients of the inputs, a token and channel a thread, and the block's sums.
-        const long long tile_token = static_cast<long long>(sign) * T * step;
-        const long long own_tile = own_first + tile_token * p.channels;
+        // Stage 5: gradients of the inputs, two tokens and two channels a thread.
 #pragma unroll
-        for (int r = own_row; r < T; r += OWN_STEP) {
-            if (r < low || r >= high || !own_valid) continue;
-            const Drive drive = my.drive[r][own_channel];
-            const float2 sums = my.sums[r][own_channel];
-            const float u_ = to_float(my.u[stage][r][own_channel]);
-            const float ddt = fmaf(sums.x, u_, LN_2 * sums.y) * drive.slope;
-            dD = fmaf(drive.g, u_, dD);
-            dbias += ddt;
-            const long long at = own_tile + static_cast<long long>(r) * own_stride;
-            static_cast<scalar_t *>(grad.du)[at] =
-                from_float<scalar_t>(fmaf(drive.delta, sums.x, skip * drive.g));
-            static_cast<scalar_t *>(grad.ddt)[at] = from_float<scalar_t>(ddt);
+        for (int k = 0; k < (T / 2 + OWN_STEP - 1) / OWN_STEP; ++k) {
+            const int pair = own_row + k * OWN_STEP;
+            if (pair >= T / 2) break;
+            float g[4], deltas[4], slopes[4];  // by channel and token; by token and channel
+            load(&team.g[pair][own_channel].x, g);
+            const float4 constants = team.constants[own_pair];
+            float4 &totals = team.totals[own_row][own_pair], total = totals;
+            float *dD = &total.x, *dbias = &total.z;
+            load(&team.deltas[pair][own_pair].x, deltas);
+            load(&team.slopes[pair][own_pair].x, slopes);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int r = 2 * pair + e;
+                if (r < low || r >= high || own_channel >= channels) continue;
+                float u_[2], sums[4], du[2], ddt[2];
+                load(&my.u[stage][r][staged_channel], u_);
+                load(&team.sums[r][own_channel].x, sums);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float skip = i ? constants.w : constants.z;
+                    du[i] = fmaf(deltas[2 * e + i], sums[2 * i], skip * g[2 * i + e]);
+                    ddt[i] = fmaf(sums[2 * i], u_[i], LN_2 * sums[2 * i + 1]) * slopes[2 * e + i];
+                    dD[i] = fmaf(g[2 * i + e], u_[i], dD[i]);
+                    dbias[i] += ddt[i];
+                }
+                const long long at = (2 * k * OWN_STEP + e) * static_cast<long long>(own_stride);
+                if (VECTOR) {
+                    store(du_to + at, du);
+                    store(ddt_to + at, ddt);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        if (own_channel + i >= channels) continue;
+                        du_to[at + i] = from_float<scalar_t>(du[i]);
+                        ddt_to[at + i] = from_float<scalar_t>(ddt[i]);
+                    }
+                }
+            }
+            totals = total;
         }
-        float *dBC_tile = dBC_first + tile_token * p.groups * 2 * p.states;
-#pragma unroll
-        for (int i = thread; i < T * 2 * N; i += THREADS) {
-            const int r = i / (2 * N), k = i % (2 * N);
-            const int n = k / (2 * NS) * NS + k % NS, is_C = k / NS % 2;
-            if (r < low || r >= high || n >= states) continue;
-            float sum = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += my.dBC[r][w][k];
-            dBC_tile[static_cast<long long>(r) * dBC_stride + is_C * states + n] = sum;
-        }
+        du_to -= T * static_cast<long long>(own_stride);
+        ddt_to -= T * static_cast<long long>(own_stride);
+        if (step % SUM_TILES == 0) add_parameters(step + SUM_TILES >= tiles);
     }
+    __syncthreads();
+    if (tiles > 0) write_dBC(0);
 
+    if (grad.dstart != nullptr) {
 #pragma unroll
-    for (int j = 0; j < CPT; ++j) {
+        for (int j = 0; j < CPT; ++j) {
 #pragma unroll
-        for (int i = 0; i < NS; ++i) {
-            const int n = s * NS + i;
-            if (!lane_valid[j] || n >= p.states) continue;
-            const long long at = (item_row * p.channels + d0 + c0 + j) * p.states + n;
-            grad.dA[at] = dA[j][i];
-            if (grad.dstart != nullptr) grad.dstart[at] = dh[j][i];
+            for (int i = 0; i < NS; ++i) {
+                const int n = s * NS + i;
+                if (channel_of(j) >= channels || n >= p.states) continue;
+                const long long row = item_row * p.channels + d0 + channel_of(j);
+                grad.dstart[row * p.states + n] = dh[j][i];
+            }
         }
-    }
-    // The threads that prepared tokens of the same channel.
-    __syncthreads();
-    float2 *totals = reinterpret_cast<float2 *>(&my.drive[0][0]);
-    totals[thread] = make_float2(dD, dbias);
-    __syncthreads();
-    if (own_row == 0 && own_valid) {
-        for (int k = 1; k < OWN_STEP; ++k) {
-            dD += totals[k * CH + own_channel].x;
-            dbias += totals[k * CH + own_channel].y;
-        }
-        const long long at = item_row * p.channels + d0 + own_channel;
-        grad.dD[at] = dD;
-        grad.dbias[at] = dbias;
     }
 }

@@ -12,6 +12,8 @@ import torch
 from vim.ops import (
     add_norm,
     add_norm_reference,
+    bidirectional_mixer,
+    bidirectional_mixer_reference,
     causal_conv1d,
     causal_conv1d_reference,
     selective_scan,
@@ -252,6 +254,65 @@ def test_conv(batch, length, channels, width, inputs, options, dtype):
     compare(conv, causal_conv1d_reference, arguments, options)
 
 
+def mixer_inputs(batch, length, channels, state, rank, width, dtype):
+    """Return xz and the tensors of both directions, the projections as rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(batch + length + channels + state)
+
+    def draw(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator) * scale
+
+    arguments = {"xz": draw(batch, length, 2 * channels).to(dtype)}
+    for way in ("forward", "backward"):
+        arguments |= {
+            f"{way} conv_weight": draw(channels, width, scale=width**-0.5),
+            f"{way} conv_bias": draw(channels),
+            f"{way} x_proj": draw(rank + 2 * state, channels, scale=channels**-0.5).to(dtype),
+            f"{way} dt_proj": draw(channels, rank, scale=rank**-0.5).to(dtype),
+            f"{way} dt_bias": draw(channels) - 3,
+            f"{way} A_log": draw(channels, state),
+            f"{way} D": draw(channels),
+        }
+    return arguments
+
+
+def mixer(function=bidirectional_mixer, **arguments):
+    xz, *branches = arguments.values()
+    options = {} if function is bidirectional_mixer_reference else {"backend": "cpu"}
+    return (function(xz, branches[:7], branches[7:], **options),)
+
+
+MIXERS = [
+    # batch, length, channels, state, rank, width
+    pytest.param(1, 1, 1, 1, 1, 2, id="B1-L1-D1-N1-R1-K2"),
+    pytest.param(3, 37, 40, 16, 3, 4, id="B3-L37-D40-N16-R3-K4"),
+    pytest.param(2, 70, 19, 5, 17, 3, id="B2-L70-D19-N5-R17-K3"),
+    pytest.param(1, 33, 130, 40, 9, 5, id="B1-L33-D130-N40-R9-K5"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "length", "channels", "state", "rank", "width"), MIXERS)
+def test_mixer(batch, length, channels, state, rank, width, dtype):
+    arguments = mixer_inputs(batch, length, channels, state, rank, width, dtype)
+    with torch.no_grad():
+        truth, float32 = (
+            mixer(bidirectional_mixer_reference, **{n: x.to(d) for n, x in arguments.items()})[0]
+            for d in (torch.float64, torch.float32)
+        )
+        for isa in _library.ISAS:
+            with instruction_set(isa) as present:
+                if not present:
+                    continue
+                # How batch items are shared out depends on the number of threads.
+                results = []
+                for threads in (1, 2, 4):
+                    torch.set_num_threads(threads)
+                    results.append(mixer(**arguments)[0])
+            check(results[0], truth, float32.to(dtype), f"y with {isa}")
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+
+
 NORMS = [
     pytest.param((3, 1), {}, id="3x1"),
     pytest.param((2, 17, 37), {}, id="2x17x37"),
@@ -295,6 +356,14 @@ def test_norm_strided_rows(isa):
         torch.testing.assert_close(got, expected)
 
 
+def run_mixer(arguments):
+    """Return the output of the mixer and the gradient of every tensor."""
+    leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
+    (y,) = mixer(**leaves)
+    gradients = torch.autograd.grad(y.square().sum(), leaves.values())
+    return {"y": y} | dict(zip(leaves, gradients, strict=True))
+
+
 def outputs_of_every_op():
     arguments = scan_inputs(2, 70, 200, 16, torch.float32, strided=True)
     results = run(scan, arguments, tuple(arguments), {}, 0)
@@ -308,6 +377,8 @@ def outputs_of_every_op():
         {},
         0,
     )
+    arguments = mixer_inputs(3, 70, 40, 16, 3, 4, torch.float32)
+    results |= {f"mixer {k}": v for k, v in run_mixer(arguments).items()}
     return results | {f"norm {name}": value for name, value in norm.items()}
 
 

@@ -23,6 +23,8 @@ from vim.ops import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from vim.ops.triton import selective_scan as scan_in_triton
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -163,6 +165,17 @@ class TestSelectiveScan:
             tensors,
             [rand(*big, dtype=dtype, layout=layout), rand(batch, channels, state)],
         )
+
+
+class TestSelectiveScanInSegments(TestSelectiveScan):
+    """Sequences cut along the tokens, as a GPU with many idle processors has them."""
+
+    @pytest.fixture(autouse=True)
+    def segments_of_a_chunk(self, monkeypatch):
+        def cut(u, programs, blocks, warps):
+            return scan_in_triton.CHUNK, -(-u.shape[1] // scan_in_triton.CHUNK)
+
+        monkeypatch.setattr(scan_in_triton, "_segments", cut)
 
 
 # B, L, D, K, dtype, activation, reverse, optional tensors, layout

@@ -19,9 +19,21 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of activations that the kernels read and write."""
 
 
-_ENTRIES = ("selective_scan", "causal_conv1d", "add_norm")
+_ENTRIES = (
+    "selective_scan_fwd",
+    "selective_scan_bwd",
+    "causal_conv1d_fwd",
+    "causal_conv1d_bwd",
+    "add_norm_fwd",
+    "add_norm_bwd",
+    "bidirectional_mixer_fwd",
+)
 
-_LAYOUTS = {"add_norm_fwd": "4qd23q", "selective_scan_fwd": "49qd"}
+_LAYOUTS = {
+    "add_norm_fwd": "4qd23q",
+    "selective_scan_fwd": "49qd",
+    "bidirectional_mixer_fwd": "50qd",
+}
 """Fields that are not all integers and pointers, as `struct` writes them: eps and scale."""
 
 
@@ -39,11 +51,11 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = ctypes.CDLL(str(found[0]))
         for name in _ENTRIES:
-            for direction in ("fwd", "bwd"):
-                entry = getattr(library, f"vim_cpu_{name}_{direction}")
-                entry.argtypes, entry.restype = [c_char_p, c_int64], c_int
+            entry = getattr(library, f"vim_cpu_{name}")
+            entry.argtypes, entry.restype = [c_char_p, c_int64], c_int
     except (OSError, AttributeError) as error:
         return None, f"{found[0]} cannot be used ({error}): reinstall vim-mamba to build it again"
+    _let_malloc_keep_memory()
     library.vim_cpu_use_openmp.argtypes = [c_void_p]
     library.vim_cpu_use_openmp(_openmp_entry())
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -53,6 +65,16 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         if not library.vim_cpu_set_isa(ISAS.index(wanted)):
             return None, f"{ENVIRONMENT_VARIABLE} is {wanted!r}, which this processor lacks"
     return library, None
+
+
+def _let_malloc_keep_memory() -> None:
+    """Have glibc keep up to 64 MB of freed memory, as it does once it has freed a block of 32 MB.
+
+    A process whose tensors were all smaller hands the memory of each call back to the system and
+    faults it in again in the next one, which can take longer than the call itself. The block is
+    never touched, and what the user has set by mallopt or MALLOC_* variables stays in force.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _openmp_entry() -> int | None:

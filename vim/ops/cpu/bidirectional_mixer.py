@@ -1,4 +1,4 @@
-"""The inside of Vim's mixer on the CPU: this backend's convolution and scan.
+"""The inside of Vim's mixer on the CPU: forward in one kernel, backward composed.
 
 Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank.
 """
@@ -8,7 +8,7 @@ import torch
 from vim.ops._mixer_composition import MixerComposition
 
 from . import causal_conv1d, selective_scan
-from ._library import unavailable
+from ._library import activation, call, parameter, pointer, sequence, unavailable
 
 __all__ = ["backward", "forward", "saved_specs", "unavailable"]
 
@@ -18,39 +18,41 @@ saved_specs = _composition.saved_specs
 
 
 def forward(xz, forward_branch, backward_branch, merge_scale, save):
-    """Return (y, saved); the signature of `MixerComposition.forward`.
-
-    Memory that is new costs more to touch than the convolution takes, so both directions work in
-    the same three buffers; the second scan adds the first one's output to its own and gates once.
-    """
-    batch, length, _ = xz.shape
+    """Return (y, saved); the signature of `MixerComposition.forward`."""
+    xz = activation(xz)
+    batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     x, z = xz.chunk(2, dim=-1)
-    u, dt, y = (torch.empty(x.shape, dtype=x.dtype) for _ in range(3))
-    saved = []
-    for branch, reverse in ((forward_branch, False), (backward_branch, True)):
+    y = torch.empty(batch, length, channels, dtype=xz.dtype)
+    saved, branches, alive = [], [], []
+    for branch in (forward_branch, backward_branch):
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = branch
-        rank, state = dt_proj.shape[1], A_log.shape[1]
-        causal_conv1d.forward(x, conv_weight, conv_bias, None, "silu", reverse, out=u)
-        projected = torch.mm(u.flatten(0, 1), x_proj.to(u.dtype).t())  # (B * L, R + 2 N)
-        torch.mm(projected[:, :rank], dt_proj.to(u.dtype).t(), out=dt.flatten(0, 1))
-        projected = projected.unflatten(0, (batch, length))
-        _, B, C = projected.split([rank, state, state], dim=-1)
-        merged = {"addend": y, "scale": merge_scale} if reverse else {}
-        _, _, states = selective_scan.forward(
-            u,
-            dt,
-            -torch.exp(A_log.float()),
-            B,
-            C,
-            D,
-            z if reverse else None,
-            dt_bias,
-            None,
-            True,
-            reverse,
-            save,
-            out=y,
-            **merged,
-        )
-        saved += [projected, states]
-    return y, saved if save else []
+        x_proj, dt_proj = x_proj.to(xz.dtype), dt_proj.to(xz.dtype)
+        tensors = [
+            parameter(x) for x in (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)
+        ]
+        (outputs, rank), state = (x_proj.shape[0], dt_proj.shape[1]), A_log.shape[1]
+        projected = states = None
+        if save:
+            projected = torch.empty(batch, length, outputs, dtype=xz.dtype)
+            states = torch.empty(*selective_scan.saved_shape(batch, length, channels, state))
+            saved += [projected, states]
+        branches += [*map(pointer, tensors), *sequence(projected), pointer(states)]
+        alive.append(tensors)
+    width, threads = conv_weight.shape[1], torch.get_num_threads()
+    padded, columns = (-(-n // 16) * 16 for n in (channels, outputs))
+    packed = torch.empty(2, padded * (width + rank + columns + state + 1))
+    intermediate = None
+    if batch % threads:
+        intermediate = torch.empty(max(2, threads // 2), length, channels + columns)
+    call(
+        "bidirectional_mixer_fwd",
+        *(batch, length, channels, state, rank, width, threads),
+        *sequence(x),
+        *sequence(z),
+        *sequence(y),
+        pointer(packed),
+        pointer(intermediate),
+        *branches,
+        float(merge_scale),
+    )
+    return y, saved

@@ -10,11 +10,10 @@ CHUNK = 64
 """Tokens of an item of work, as in kernels/cpu/causal_conv1d.cpp."""
 
 
-def forward(x, weight, bias, initial_state, activation_name, reverse, *, out=None):
-    """Return (y, final_state); y is written to `out` where that is given."""
+def forward(x, weight, bias, initial_state, activation_name, reverse):
     x, initial_state = activation(x), activation(initial_state)
     weight, bias = parameter(weight.t()), parameter(bias)
-    y = torch.empty(*x.shape, dtype=x.dtype) if out is None else out
+    y = torch.empty(*x.shape, dtype=x.dtype)
     final_state = torch.empty(x.shape[0], weight.shape[0] - 1, x.shape[2], dtype=x.dtype)
     call(
         "causal_conv1d_fwd",

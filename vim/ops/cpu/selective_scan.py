@@ -32,18 +32,10 @@ def forward(
     dt_softplus,
     reverse,
     save_states,
-    *,
-    out=None,
-    addend=None,
-    scale=1.0,
 ):
-    """Return (y, final_state, saved), with y = scale * (scan + addend) * silu(z).
-
-    y is written to `out` where that is given, which may be `addend`.
-    """
-    u, dt, B, C, z, addend = (activation(x) for x in (u, dt, B, C, z, addend))
+    u, dt, B, C, z = (activation(x) for x in (u, dt, B, C, z))
     A, D, dt_bias, initial_state = (parameter(x) for x in (A, D, dt_bias, initial_state))
-    y = torch.empty(*u.shape, dtype=u.dtype) if out is None else out
+    y = torch.empty(*u.shape, dtype=u.dtype)
     final_state = torch.empty(u.shape[0], *A.shape)
     saved = torch.empty(*(saved_shape(*u.shape, A.shape[1]) if save_states else (0,)))
     call(
@@ -53,8 +45,8 @@ def forward(
         pointer(initial_state),
         pointer(final_state),
         pointer(saved) if save_states else 0,
-        *sequence(addend),
-        float(scale),
+        *sequence(None),  # addend and scale, which only the mixer has
+        1.0,
     )
     return y, final_state, saved
 

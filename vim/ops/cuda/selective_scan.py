@@ -38,6 +38,8 @@ class Variant(NamedTuple):
     """CH, channels of a block."""
     tile: int
     """T, tokens that are staged in shared memory together."""
+    together: int
+    """U, tokens whose recurrences and sums are worked out together."""
     min_blocks: int
     """Blocks of both directions that a multiprocessor must hold, which bounds the registers."""
 
@@ -46,34 +48,46 @@ def _rounded_states(states: int) -> int:
     return 1 << (states - 1).bit_length()
 
 
-def _tile(states: int, lanes: int, dtype: torch.dtype) -> int:
-    # 16 bytes a state and token for two stages of B and C: at most 16 KB a direction, so that
-    # everything stays below the 48 KB that a block has without asking.
-    wanted = 16 if lanes <= 4 else 32
-    return min(wanted if dtype.itemsize == 2 else wanted // 2, 512 // states)
+def _tile(states: int, lanes: int, block_channels: int, dtype: torch.dtype) -> int:
+    """Return how many tokens to stage: what fits the 48 KB that a block has without asking."""
+    matrices = 2 * states + (4 * lanes if lanes > 1 and states // lanes >= 8 else 0)
+    floats = matrices + (3 if lanes > 1 else 1) * block_channels + 8
+    token = 2 * (4 * floats + 6 * block_channels * dtype.itemsize)  # of both directions
+    # Whole channels need no sums and little staging: small tiles leave room for more blocks.
+    most = 8 if lanes == 1 else 64
+    return min(most, 1 << ((48 * 1024 - 2048) // token).bit_length() - 1)
 
 
 def _variant(states: int, lanes: int, dtype: torch.dtype, tile: int | None = None) -> Variant:
-    block_channels = 64 if lanes == 1 else 32 if lanes <= 4 else 16 if lanes <= 8 else 8
+    """Return the fastest way, of those measured, to give a channel `lanes` lanes.
+
+    Args:
+        tile: where the backward, whose first pass this is then, has chosen it.
+    """
+    held = states // lanes
+    block_channels = 32 if lanes <= 2 or (lanes == 4 and held == 16) else 16 if lanes == 4 else 8
+    if held < 8 and lanes == 1:
+        block_channels = 64  # bound by bytes: longer rows
+    # As many registers as the recurrence needs without spilling, and no more.
     if lanes == 1:
-        tile = tile or 8
-    tile = tile or _tile(states, lanes, dtype)
-    if dtype.itemsize == 2 and states == 16:
-        if lanes == 1:
-            return Variant(16, 1, 1, 64, tile, 4)
-        if lanes == 2:
-            return Variant(8, 2, 1, 32, tile, 4)
-        if lanes == 8:
-            return Variant(2, 8, 2, 16, tile, 4)
-    # Sixteen states of a float32 scan need more registers than two blocks of 256 threads leave.
-    min_blocks = 1 if lanes >= 4 and states // lanes == 16 else 2
-    return Variant(states // lanes, lanes, 1, block_channels, tile, min_blocks)
+        min_blocks = 4 if held < 8 else 8 if dtype.itemsize == 2 or held < 16 else 6
+    elif held < 16 or lanes == 2:
+        min_blocks = 2 if lanes == 16 else 3
+    else:
+        min_blocks = 2 if lanes == 4 and dtype.itemsize == 2 and tile is None else 1
+    tile = tile or _tile(states, lanes, block_channels, dtype)
+    together = min(4 if lanes == 1 else 8 if held >= 8 else 16, tile)
+    return Variant(held, lanes, 1, block_channels, tile, together, min_blocks)
 
 
-def _forward_kernel(variant: Variant, directions: int, mode: int, softplus: bool, dtype) -> str:
-    numbers = ", ".join(map(str, (*variant[:5], directions, mode)))
-    flag = "true" if softplus else "false"
-    return f"selective_scan_fwd_kernel<{DTYPES[dtype]}, {numbers}, {flag}, {variant.min_blocks}>"
+def _forward_kernel(
+    variant: Variant, directions: int, mode: int, softplus: bool, vector: bool, dtype
+) -> str:
+    numbers = ", ".join(map(str, (*variant[:6], directions, mode)))
+    flags = ", ".join("true" if flag else "false" for flag in (softplus, vector))
+    # Addresses and bounds of single elements take registers.
+    min_blocks = variant.min_blocks if vector else max(1, variant.min_blocks - 1)
+    return f"selective_scan_fwd_kernel<{DTYPES[dtype]}, {numbers}, {flags}, {min_blocks}>"
 
 
 class _Scan:
@@ -119,8 +133,13 @@ class _Scan:
         shape = (self.directions, self.batch, chunks, self.channels, self.states)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def vector_states(self, start: Tensor | None) -> bool:
+        return all(_is_vector(x, self.states) for x in (self.A, start))
+
     def run(self, variant, mode, y, *, chunk, start=None, end=None, sums=None, tile_states=None):
-        name = _forward_kernel(variant, self.directions, mode, self.softplus, self.dtype)
+        vector = self.vector_rows and self.vector_bc and self.vector_states(start)
+        vector = vector and variant.states * variant.lanes == self.states
+        name = _forward_kernel(variant, self.directions, mode, self.softplus, vector, self.dtype)
         chunks = -(-self.length // chunk)
         group_blocks = -(-(self.channels // self.groups) // variant.block_channels)
         blocks = group_blocks * self.groups * chunks * self.batch
@@ -143,7 +162,7 @@ class _Scan:
             *(u, dt, z, dy, B, C, self.A, self.D, self.dt_bias, start, y, end, sums, tile_states),
             *(self.batch, self.length, self.channels, self.states, self.groups),
             *(chunk, chunks, self.reverse, self.vector_rows, self.vector_bc),
-            all(_is_vector(x, self.states) for x in (self.A, start)),
+            self.vector_states(start),
             *(*strides, *B.stride()[:4], *C.stride()[:4]),
             float(self.scale),
         )
@@ -181,26 +200,29 @@ def _scan_forward(scan: _Scan, initial_state=None, want_final=False, variant=Non
 def _plan(scan: _Scan, tile: int | None = None) -> tuple[Variant, int]:
     """Return how to share the work out, and into chunks of how many tokens to cut L.
 
-    The fewer lanes share a channel, the fewer instructions an exponential costs; what is wanted is
-    the fewest that fill the chip. Measured on an H100; see benchmarks/NOTES-scan.md.
+    The fewer lanes share a channel, the fewer instructions an exponential costs, but fewer still
+    than the chip holds leave it idle: what is wanted is the most lanes with which every sequence
+    is on the chip from the start. Measured on an H100; see benchmarks/NOTES.md.
     """
     states = _rounded_states(scan.states)
     fewest, most = max(1, states // 16), max(1, states // 16, min(states, 16))
     sequences = scan.directions * scan.batch * scan.channels
-    # What a multiprocessor gets, in sequences of 16 states.
-    share = sequences * fewest / multiprocessors(scan.device.index)
-    chunk = scan.length
-    if share >= 300:
-        split = 1
-    elif tile is None and 0 < share < 70 and scan.length >= 1024:
-        # So few sequences that scanning twice, in chunks, beats more lanes.
-        split = 1
-        wanted = math.ceil(1000 / share)
-        chunk = max(256, 64 * math.ceil(scan.length / wanted / 64))
+    processors = multiprocessors(scan.device.index)
+    # What a multiprocessor gets, in sequences of 16 states; it holds 384 threads of S > 1.
+    share = sequences * fewest / processors
+    if tile is None and 0 < share <= 30 and scan.length >= 2048:
+        # So few sequences that scanning twice, in chunks, beats more lanes. One wave of blocks.
+        variant = _variant(states, fewest, scan.dtype)
+        group_blocks = -(-(scan.channels // scan.groups) // variant.block_channels)
+        resident = variant.min_blocks * processors * 2 // scan.directions
+        chunks = max(1, resident // (group_blocks * scan.groups * scan.batch))
+        step = max(variant.tile, 8)
+        return variant, min(scan.length, max(64, step * math.ceil(scan.length / chunks / step)))
+    if share <= 48:
+        split = 16 if share < 8 else 8
     else:
-        split = 2 if share >= 130 else 8 if share >= 12 else 16
-    lanes = min(fewest * split, most)
-    return _variant(states, lanes, scan.dtype, tile), min(chunk, scan.length)
+        split = 4 if share <= 96 else 2 if share <= 192 else 1
+    return _variant(states, min(fewest * split, most), scan.dtype, tile), scan.length
 
 
 def _chunk_starts(scan: _Scan, variant, chunk, initial_state, want_final):
@@ -235,36 +257,27 @@ class BackwardVariant(NamedTuple):
     channels: int
     block_channels: int
     tile: int
-    held: int
-    """HELD, tokens whose decays are in registers at a time."""
+    kept: int
+    """KEPT, tokens whose decays stay in registers instead of being computed again."""
     min_blocks: int
 
 
 def _backward_variant(states: int, dtype: torch.dtype) -> BackwardVariant:
     tile = 8 if states <= 64 else 512 // states
-    held = min(4, tile)
     if states >= 128:
-        return BackwardVariant(states // 32, 32, 1, 8, tile, held, 1)
+        return BackwardVariant(states // 32, 32, 1, 8, tile, tile, 1)
     lanes = max(1, states // 4)
     channels = 2 if lanes > 1 else 1
-    threads = 64 if lanes <= 2 and dtype == torch.float32 else 128  # shared memory: below 48 KB
+    threads = 64 if lanes <= 2 else 128  # shared memory: below 48 KB
     block_channels = threads * channels // lanes
-    min_blocks = 3 if states == 16 and dtype.itemsize == 2 else 2
-    return BackwardVariant(
-        states // lanes,
-        lanes,
-        channels,
-        block_channels,
-        tile,
-        held,
-        min_blocks,
-    )
+    kept = 5 if dtype.itemsize == 2 and states == 16 else 0
+    return BackwardVariant(states // lanes, lanes, channels, block_channels, tile, kept, 2)
 
 
-def _backward_kernel(variant: BackwardVariant, softplus: bool, dtype) -> str:
+def _backward_kernel(variant: BackwardVariant, softplus: bool, vector: bool, dtype) -> str:
     numbers = ", ".join(map(str, variant[:6]))
-    flag = "true" if softplus else "false"
-    return f"selective_scan_bwd_kernel<{DTYPES[dtype]}, {numbers}, {flag}, {variant.min_blocks}>"
+    flags = f"{softplus}, {vector}".lower()
+    return f"selective_scan_bwd_kernel<{DTYPES[dtype]}, {numbers}, {flags}, {variant.min_blocks}>"
 
 
 def _scan_backward(
@@ -289,27 +302,30 @@ def _scan_backward(
     mode = STATES_ONLY if dz is None else STATES_AND_DZ
     scan.run(forward_variant, mode, dz, chunk=length, start=initial_state, tile_states=tile_states)
 
+    vector = scan.vector_rows and scan.vector_bc
     blocks = -(-(channels // scan.groups) // variant.block_channels)
     du, ddt = (empty(dirs, batch, length, channels, dtype=scan.dtype) for _ in range(2))
     dBC = empty(blocks, dirs, batch, length, scan.groups, 2, scan.states)
-    dA = empty(dirs, batch, channels, scan.states)
-    dD, dbias = empty(dirs, batch, channels), empty(dirs, batch, channels)
+    dparameters = empty(dirs, batch, channels * (scan.states + 2))
     dstart = empty(dirs, batch, channels, scan.states) if want_start else None
     launch(
         get_kernel(
             "selective_scan_bwd",
-            _backward_kernel(variant, scan.softplus, scan.dtype),
+            _backward_kernel(variant, scan.softplus, vector, scan.dtype),
             scan.device.index,
         ),
         (blocks * scan.groups * batch * dirs, 1, 1),
         (variant.block_channels // variant.channels * variant.lanes, 1, 1),
         0,
         *scan.arguments(length, 1, initial_state, dz, None, None, tile_states),
-        *(dend, dstart, du, ddt, dBC, dA, dD, dbias),
+        *(dend, dstart, du, ddt, dBC, dparameters),
     )
     dBC = dBC.sum(0) if blocks > 1 else dBC[0]
     dB, dC = dBC.unbind(-2)
-    return du, ddt, dA.sum(1), dB, dC, dD.sum(1), dz, dbias.sum(1), dstart
+    dA, dD, dbias = dparameters.sum(1).split((channels * scan.states, channels, channels), 1)
+    dA = dA.unflatten(1, (channels, scan.states))
+    # An op's outputs must not share memory.
+    return du, ddt, dA, dB, dC, dD.clone(), dz, dbias.clone(), dstart
 
 
 def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_states):
@@ -416,18 +432,19 @@ def instantiations() -> list[tuple[str, str]]:
     def add(states, lanes, dtype, directions, mode):
         tile = None if mode == OUTPUT else _backward_variant(states, dtype).tile
         variant = _variant(states, lanes, dtype, tile)
-        name = _forward_kernel(variant, directions, mode, True, dtype)
-        kernels.append(("selective_scan", name))
+        for vector in (True, False):
+            name = _forward_kernel(variant, directions, mode, True, vector, dtype)
+            kernels.append(("selective_scan", name))
 
     for dtype in (torch.float32, torch.bfloat16):  # float16 compiles as bfloat16 does
         for states in (1, 8, 16, 64):
             backward = _backward_variant(states, dtype)
-            kernels.append(("selective_scan_bwd", _backward_kernel(backward, True, dtype)))
+            kernels.append(("selective_scan_bwd", _backward_kernel(backward, True, True, dtype)))
             fewest = max(1, states // 16)
             add(states, fewest, dtype, 1, OUTPUT)
             add(states, fewest, dtype, 2, OUTPUT)
             add(states, fewest, dtype, 2, STATES_AND_DZ)
-        for lanes in (2, 8, 16):
+        for lanes in (2, 4, 8, 16):
             add(16, lanes, dtype, 2, OUTPUT)
             add(16, lanes, dtype, 2, STATES_AND_DZ)
         add(16, 1, dtype, 2, STATES_ONLY)

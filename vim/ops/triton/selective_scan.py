@@ -1,10 +1,16 @@
 """The selective scan in Triton: a program owns a few channels and walks the tokens.
 
-The state of a program is a tile [BLOCK_N, BLOCK_D] of float32 registers, channels along the lanes:
-with 32 channels or more a warp, a lane of the forward owns whole channels, so that the sum over the
-state needs no other lane. Where channels are few or the state is large the tile is narrower, and
-the compiler spreads the state over the lanes instead. Channels of a program share their group of B
-and C. Figures and what was tried: benchmarks/NOTES-triton.md.
+The state of a program is a tile [BLOCK_N, BLOCK_D] of float32 registers. The compiler derives how
+it lies in registers from the loads and stores of whole tiles, and any two that differ would cost a
+conversion at every token. So in memory all of them have the channels contiguous, and the channels
+are numbered such that the compiler sees two neighbours at a time in the scan, four in its backward.
+With 64 channels a warp of the scan owns these whole, two a lane, and the sum over the state needs
+no other lane. The backward sums over channels, too, and has a lane hold 4 states of 4 channels.
+
+Where a sequence is long and channels are few, it is cut into segments along the tokens: one pass
+finds what each segment alone leaves of the state, which is carried over, and another scans them all
+at once. Channels of a program share their group of B and C. Figures and what was tried:
+benchmarks/NOTES.md.
 
 Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), G groups of B and C.
 """
@@ -37,25 +43,64 @@ def _softplus(x):
 
 
 @triton.jit
-def _program(channels, groups, state, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Batch item, group, channels [BLOCK_D] and states [BLOCK_N] of this program, and masks."""
-    group_channels = channels // groups
-    blocks = tl.cdiv(group_channels, BLOCK_D)
-    program = tl.program_id(0)
-    item = (program // (blocks * groups)).to(tl.int64)
-    group = (program // blocks) % groups
-    in_group = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    d = (group * group_channels + in_group).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    return item, group, d, n, in_group < group_channels, n < state
+def _exp2(x, EXACT: tl.constexpr):
+    """2^x; right to half an ulp and without bias if EXACT."""
+    # The GPU's own instruction is 2e-8 too small on average. A state that decays slowly multiplies
+    # that up over the tokens it remembers, which shows where inputs are float32.
+    if EXACT:
+        whole = tl.floor(x + 0.5)
+        f = x - whole
+        p = 0.00134004322 + f * 0.00015467365
+        p = 0.0555032721 + f * (0.00961803596 + f * p)
+        p = 1.0 + f * (0.693147207 + f * (0.240226511 + f * p))
+        return p * tl.exp2(whole)
+    return tl.exp2(x)
 
 
 @triton.jit
-def _load(rows, step, left, mask, TOKENS: tl.constexpr):
+def _lanes(BLOCK_D: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """0, 1, .., of which the compiler sees only that NEIGHBOURS at a time are neighbours."""
+    i = tl.arange(0, BLOCK_D)
+    return i // NEIGHBOURS * NEIGHBOURS + i % NEIGHBOURS
+
+
+@triton.jit
+def _program(
+    channels,
+    groups,
+    state,
+    length,
+    segments,
+    segment,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+):
+    """What this program owns, and masks.
+
+    Returns batch item, segment of the tokens, group, channels [BLOCK_D], states [BLOCK_N], whether
+    these exist, and the first and one past the last token, in the order scanned.
+    """
+    group_channels = channels // groups
+    blocks = tl.cdiv(group_channels, BLOCK_D)
+    program = tl.program_id(0)
+    group = (program // blocks) % groups
+    item_and_part = (program // (blocks * groups)).to(tl.int64)
+    item, part = item_and_part // segments, item_and_part % segments
+    in_group = (program % blocks) * BLOCK_D + _lanes(BLOCK_D, NEIGHBOURS)
+    d = (group * group_channels + in_group).to(tl.int64)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    first = part * segment
+    last = tl.minimum(first + segment, length)
+    return item, part, group, d, n, in_group < group_channels, n < state, first, last
+
+
+@triton.jit
+def _load(row, lanes, step, left, mask, TOKENS: tl.constexpr):
     """TOKENS rows; those from the row `left` on are zero."""
     tokens = ()
     for i in tl.static_range(TOKENS):
-        tokens += (tl.load(rows + i * step, mask=mask & (i < left), other=0.0),)
+        tokens += (tl.load(row + i * step + lanes, mask=mask & (i < left), other=0.0),)
     return tokens
 
 
@@ -67,18 +112,8 @@ def _float32(tokens, TOKENS: tl.constexpr):
     return converted
 
 
-# A tile [BLOCK_N, BLOCK_D] lies in memory with its channels strided, the state contiguous. Going
-# row by row keeps the compiler from laying it out in registers likewise, which would spread the
-# state of a channel over lanes and cost shuffles at every token.
-@triton.jit
-def _load_tile(pointers, stride_n, n, state, mask_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for k in range(state):
-        row = tl.load(pointers + k * stride_n, mask=mask_d, other=0.0).to(tl.float32)  # [BLOCK_D]
-        tile = tl.where(n[:, None] == k, row[None, :], tile)
-    return tile
-
-
+# Row by row: a store of the whole tile, whose state is contiguous here, would have the compiler
+# lay the tile out likewise.
 @triton.jit
 def _store_tile(pointers, stride_n, tile, n, state, mask_d):
     for k in range(state):
@@ -98,16 +133,25 @@ def _step_sizes(dt, bias, left, DT_SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr)
     return deltas
 
 
+@triton.jit
+def _tile_of_states(tensor, index, n, d, state, channels):
+    """Addresses [BLOCK_N, BLOCK_D] of one state of a tensor (.., N, D)."""
+    rows = index * state + n  # [BLOCK_N]
+    return tensor + (rows[:, None] * tl.cast(channels, tl.int64) + d[None, :])
+
+
 FLAGS = {
     "HAS_D": lambda args: args["D"] is not None,
     "HAS_Z": lambda args: args["z"] is not None,
     "HAS_DT_BIAS": lambda args: args["dt_bias"] is not None,
-    "HAS_INITIAL_STATE": lambda args: args["initial_state"] is not None,
 }
+HAS_START = {"HAS_START": lambda args: args["start"] is not None}
+HAS_END = {"HAS_END": lambda args: args["end"] is not None}
+UNSPECIALIZED = ["length", "segment", "segments"]
 
 
-@triton.heuristics(FLAGS)
-@triton.jit(do_not_specialize=["length"])
+@triton.heuristics({**FLAGS, **HAS_START, **HAS_END})
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def selective_scan_fwd_kernel(
     u,
     dt,
@@ -117,11 +161,13 @@ def selective_scan_fwd_kernel(
     D,
     z,
     dt_bias,
-    initial_state,
+    start,
     y,
-    final_state,
+    end,
     saved,
     length,
+    segment,
+    segments,
     channels,
     groups,
     state,
@@ -131,8 +177,6 @@ def selective_scan_fwd_kernel(
     dt_b,
     dt_l,
     dt_d,
-    A_d,
-    A_n,
     B_b,
     B_l,
     B_g,
@@ -144,39 +188,43 @@ def selective_scan_fwd_kernel(
     z_b,
     z_l,
     z_d,
-    initial_b,
-    initial_d,
-    initial_n,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr,
-    HAS_INITIAL_STATE: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
     SAVE_STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Scan TOKENS tokens at a time, whose loads overlap; state and sums in float32."""
-    item, group, d, n, mask_d, mask_n = _program(channels, groups, state, BLOCK_N, BLOCK_D)
+    """Scan a segment, TOKENS tokens at a time, whose loads overlap; state and sums in float32."""
+    item, part, group, d, n, mask_d, mask_n, first, last = _program(
+        channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 2
+    )
     mask = mask_n[:, None] & mask_d[None, :]  # [BLOCK_N, BLOCK_D]
 
-    u_rows, u_step = first_token(u + d * u_d, item, u_b, u_l, length, REVERSE)
-    dt_rows, dt_step = first_token(dt + d * dt_d, item, dt_b, dt_l, length, REVERSE)
-    B_rows, B_step = first_token(
-        B + group * B_g + n * tl.cast(B_n, tl.int64), item, B_b, B_l, length, REVERSE
-    )
-    C_rows, C_step = first_token(
-        C + group * C_g + n * tl.cast(C_n, tl.int64), item, C_b, C_l, length, REVERSE
-    )
+    u_rows, u_step = first_token(u, item, u_b, u_l, length, REVERSE)
+    dt_rows, dt_step = first_token(dt, item, dt_b, dt_l, length, REVERSE)
+    B_rows, B_step = first_token(B + group * B_g, item, B_b, B_l, length, REVERSE)
+    C_rows, C_step = first_token(C + group * C_g, item, C_b, C_l, length, REVERSE)
     wide_channels = tl.cast(channels, tl.int64)
-    y_rows, y_step = first_token(y + d, item, length * wide_channels, channels, length, REVERSE)
+    y_rows, y_step = first_token(y, item, length * wide_channels, channels, length, REVERSE)
+    u_rows += first * u_step
+    dt_rows += first * dt_step
+    B_rows += first * B_step
+    C_rows += first * C_step
+    y_rows += first * y_step
     if HAS_Z:
-        z_rows, z_step = first_token(z + d * z_d, item, z_b, z_l, length, REVERSE)
+        z_rows, z_step = first_token(z, item, z_b, z_l, length, REVERSE)
+        z_rows += first * z_step
 
-    A_log2 = _load_tile(A + d * A_d, A_n, n, state, mask_d, BLOCK_N, BLOCK_D) * LOG2_E
+    A_tile = _tile_of_states(A, 0, n, d, state, channels)
+    A_log2 = tl.load(A_tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
     skip = tl.zeros([BLOCK_D], tl.float32)
     if HAS_D:
         skip = tl.load(D + d, mask=mask_d, other=0.0).to(tl.float32)
@@ -184,26 +232,28 @@ def selective_scan_fwd_kernel(
     if HAS_DT_BIAS:
         bias = tl.load(dt_bias + d, mask=mask_d, other=0.0).to(tl.float32)
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if HAS_INITIAL_STATE:
-        at = item * initial_b + d * initial_d
-        h = _load_tile(initial_state + at, initial_n, n, state, mask_d, BLOCK_N, BLOCK_D)
+    if HAS_START:
+        at = _tile_of_states(start, item * segments + part, n, d, state, channels)
+        h = tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
-    saved_tile = saved + item * tl.cdiv(length, CHUNK) * state * channels
-    saved_tile = saved_tile + n[:, None] * wide_channels + d[None, :]
+    chunk = item * tl.cdiv(length, CHUNK) + first // CHUNK
+    saved_tile = _tile_of_states(saved, chunk, n, d, state, channels)
     # The rows of the next TOKENS tokens are under way while these are computed.
-    next_u = _load(u_rows, u_step, length, mask_d, TOKENS)  # [BLOCK_D] each
-    next_dt = _load(dt_rows, dt_step, length, mask_d, TOKENS)  # [BLOCK_D] each
-    next_B = _load(B_rows, B_step, length, mask_n, TOKENS)  # [BLOCK_N] each
-    next_C = _load(C_rows, C_step, length, mask_n, TOKENS)  # [BLOCK_N] each
+    tokens = (last - first).to(tl.int32)
+    left = tokens
+    next_u = _load(u_rows, d * u_d, u_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    next_dt = _load(dt_rows, d * dt_d, dt_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    next_B = _load(B_rows, n * B_n, B_step, left, mask_n, TOKENS)  # [BLOCK_N] each
+    next_C = _load(C_rows, n * C_n, C_step, left, mask_n, TOKENS)  # [BLOCK_N] each
     next_z = next_u
     if HAS_Z:
-        next_z = _load(z_rows, z_step, length, mask_d, TOKENS)  # [BLOCK_D] each
-    for t in range(0, length, TOKENS):
+        next_z = _load(z_rows, d * z_d, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    for t in range(0, tokens, TOKENS):
         if SAVE_STATES:  # noqa: SIM102, since one of the two is decided when compiling
             if t % CHUNK == 0:
                 tl.store(saved_tile, h, mask=mask)
                 saved_tile += state * wide_channels
-        left = length - t
+        left = tokens - t
         us, dts = _float32(next_u, TOKENS), _float32(next_dt, TOKENS)
         Bs, Cs = _float32(next_B, TOKENS), _float32(next_C, TOKENS)
         zs = _float32(next_z, TOKENS)
@@ -211,31 +261,184 @@ def selective_scan_fwd_kernel(
         dt_rows += TOKENS * dt_step
         B_rows += TOKENS * B_step
         C_rows += TOKENS * C_step
-        next_u = _load(u_rows, u_step, left - TOKENS, mask_d, TOKENS)
-        next_dt = _load(dt_rows, dt_step, left - TOKENS, mask_d, TOKENS)
-        next_B = _load(B_rows, B_step, left - TOKENS, mask_n, TOKENS)
-        next_C = _load(C_rows, C_step, left - TOKENS, mask_n, TOKENS)
+        next_u = _load(u_rows, d * u_d, u_step, left - TOKENS, mask_d, TOKENS)
+        next_dt = _load(dt_rows, d * dt_d, dt_step, left - TOKENS, mask_d, TOKENS)
+        next_B = _load(B_rows, n * B_n, B_step, left - TOKENS, mask_n, TOKENS)
+        next_C = _load(C_rows, n * C_n, C_step, left - TOKENS, mask_n, TOKENS)
         if HAS_Z:
             z_rows += TOKENS * z_step
-            next_z = _load(z_rows, z_step, left - TOKENS, mask_d, TOKENS)
+            next_z = _load(z_rows, d * z_d, z_step, left - TOKENS, mask_d, TOKENS)
         deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
         for i in tl.static_range(TOKENS):
-            decay = tl.exp2(deltas[i][None, :] * A_log2)
+            decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
             h = decay * h + (deltas[i] * us[i])[None, :] * Bs[i][:, None]
             out = tl.sum(h * Cs[i][:, None], axis=0) + skip * us[i]
             if HAS_Z:
                 out *= zs[i] * sigmoid(zs[i])
-            tl.store(y_rows + i * y_step, out, mask=mask_d & (i < left))
+            tl.store(y_rows + i * y_step + d, out, mask=mask_d & (i < left))
         y_rows += TOKENS * y_step
 
-    _store_tile(final_state + (item * channels + d) * state, 1, h, n, state, mask_d)
+    if HAS_END:
+        _store_tile(end + (item * channels + d) * state, 1, h, n, state, mask_d)
 
 
-@triton.heuristics({**FLAGS, "HAS_DFINAL_STATE": lambda args: args["dfinal_state"] is not None})
-@triton.jit(do_not_specialize=["length"])
+@triton.heuristics({"HAS_Z": FLAGS["HAS_Z"], "HAS_DT_BIAS": FLAGS["HAS_DT_BIAS"]})
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def selective_scan_local_kernel(
+    x,
+    dt,
+    A,
+    W,
+    z,
+    dt_bias,
+    end,
+    delta_sum,
+    length,
+    segment,
+    segments,
+    channels,
+    groups,
+    state,
+    x_b,
+    x_l,
+    x_d,
+    dt_b,
+    dt_l,
+    dt_d,
+    W_b,
+    W_l,
+    W_g,
+    W_n,
+    z_b,
+    z_l,
+    z_d,
+    HAS_Z: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr,
+    DT_SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """What each segment alone leaves of the state, from zero, and the sum of its step sizes.
+
+    The scan has x = u and W = B, and no z. Its adjoint (ADJOINT) has x = dy, W = C and the gate,
+    and walks the tokens from the last scanned to the first.
+    """
+    item, part, group, d, n, mask_d, mask_n, first, last = _program(
+        channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 2
+    )
+    mask = mask_n[:, None] & mask_d[None, :]  # [BLOCK_N, BLOCK_D]
+    x_rows, x_step = first_token(x, item, x_b, x_l, length, REVERSE)
+    dt_rows, dt_step = first_token(dt, item, dt_b, dt_l, length, REVERSE)
+    W_rows, W_step = first_token(W + group * W_g, item, W_b, W_l, length, REVERSE)
+    if HAS_Z:
+        z_rows, z_step = first_token(z, item, z_b, z_l, length, REVERSE)
+        z_rows += (last - 1) * z_step
+        z_step = -z_step
+    if ADJOINT:
+        x_rows += (last - 1) * x_step
+        dt_rows += (last - 1) * dt_step
+        W_rows += (last - 1) * W_step
+        x_step, dt_step, W_step = -x_step, -dt_step, -W_step
+    else:
+        x_rows += first * x_step
+        dt_rows += first * dt_step
+        W_rows += first * W_step
+
+    A_tile = _tile_of_states(A, 0, n, d, state, channels)
+    A_log2 = tl.load(A_tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    bias = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_DT_BIAS:
+        bias = tl.load(dt_bias + d, mask=mask_d, other=0.0).to(tl.float32)
+    h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    tokens = (last - first).to(tl.int32)
+    left = tokens
+    next_x = _load(x_rows, d * x_d, x_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    next_dt = _load(dt_rows, d * dt_d, dt_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    next_W = _load(W_rows, n * W_n, W_step, left, mask_n, TOKENS)  # [BLOCK_N] each
+    next_z = next_x
+    if HAS_Z:
+        next_z = _load(z_rows, d * z_d, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    for t in range(0, tokens, TOKENS):
+        left = tokens - t
+        xs, dts = _float32(next_x, TOKENS), _float32(next_dt, TOKENS)
+        Ws, zs = _float32(next_W, TOKENS), _float32(next_z, TOKENS)
+        x_rows += TOKENS * x_step
+        dt_rows += TOKENS * dt_step
+        W_rows += TOKENS * W_step
+        next_x = _load(x_rows, d * x_d, x_step, left - TOKENS, mask_d, TOKENS)
+        next_dt = _load(dt_rows, d * dt_d, dt_step, left - TOKENS, mask_d, TOKENS)
+        next_W = _load(W_rows, n * W_n, W_step, left - TOKENS, mask_n, TOKENS)
+        if HAS_Z:
+            z_rows += TOKENS * z_step
+            next_z = _load(z_rows, d * z_d, z_step, left - TOKENS, mask_d, TOKENS)
+        deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
+        for i in tl.static_range(TOKENS):
+            decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
+            if ADJOINT:
+                x_t = xs[i]
+                if HAS_Z:
+                    x_t *= zs[i] * sigmoid(zs[i])
+                h = decay * (h + x_t[None, :] * Ws[i][:, None])
+            else:
+                h = decay * h + (deltas[i] * xs[i])[None, :] * Ws[i][:, None]
+            total += deltas[i]
+    at = item * segments + part
+    tl.store(_tile_of_states(end, at, n, d, state, channels), h, mask=mask)
+    tl.store(delta_sum + at * channels + d, total, mask=mask_d)
+
+
+@triton.heuristics({**HAS_START, "HAS_FINAL": lambda args: args["final"] is not None})
+@triton.jit(do_not_specialize=["segments"])
+def selective_scan_carry_kernel(
+    A,
+    start,
+    end,
+    delta_sum,
+    starts,
+    final,
+    segments,
+    channels,
+    state,
+    HAS_START: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Carry the ends of the segments over: what state each one starts from."""
+    item = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < channels * state
+    n, d = i // channels, i % channels
+    A_log2 = tl.load(A + i, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    h = tl.zeros([BLOCK], tl.float32)
+    if HAS_START:
+        h = tl.load(start + item * channels * state + i, mask=mask, other=0.0).to(tl.float32)
+    for step in range(segments):
+        part = segments - 1 - step if ADJOINT else step
+        row = (item * segments + part) * channels
+        tl.store(starts + row * state + i, h, mask=mask)
+        total = tl.load(delta_sum + row + d, mask=mask, other=0.0)
+        h = _exp2(total * A_log2, True) * h + tl.load(end + row * state + i, mask=mask, other=0.0)
+    if HAS_FINAL:
+        tl.store(final + (item * channels + d) * state + n, h, mask=mask)
+
+
+@triton.heuristics(
+    {
+        **FLAGS,
+        **HAS_START,
+        "HAS_DINITIAL_STATE": lambda args: args["dinitial_state"] is not None,
+    }
+)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def selective_scan_bwd_kernel(
     dy,
-    dfinal_state,
+    start,
     u,
     dt,
     A,
@@ -244,7 +447,6 @@ def selective_scan_bwd_kernel(
     D,
     z,
     dt_bias,
-    initial_state,
     saved,
     scratch,
     du,
@@ -258,10 +460,11 @@ def selective_scan_bwd_kernel(
     dinitial_state,
     batch,
     length,
+    segment,
+    segments,
     channels,
     groups,
     state,
-    scratch_program,
     dy_b,
     dy_l,
     dy_d,
@@ -285,52 +488,51 @@ def selective_scan_bwd_kernel(
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr,
-    HAS_INITIAL_STATE: tl.constexpr,
-    HAS_DFINAL_STATE: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_DINITIAL_STATE: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Walk the chunks from the last token scanned to the first; gradients and sums in float32.
+    """Walk the chunks of a segment from the last to the first; gradients and sums in float32.
 
     Of a chunk, first the state before every TOKENS tokens is computed again, into `scratch`; then,
     from the last of them, the states and decays of TOKENS tokens, which stay in registers. What is
     summed over channels (dB, dC) or the batch (dA, dD, ddt_bias) leaves as partial sums, one of
     each program.
     """
-    item, group, d, n, mask_d, mask_n = _program(channels, groups, state, BLOCK_N, BLOCK_D)
+    item, part, group, d, n, mask_d, mask_n, first, last = _program(
+        channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 4
+    )
     mask = mask_n[:, None] & mask_d[None, :]  # [BLOCK_N, BLOCK_D]
-    tile_at = d[None, :] * state + n[:, None]
-    wide_channels = tl.cast(channels, tl.int64)
-    row = length * wide_channels
-
-    dy_rows, dy_step = first_token(dy + d * dy_d, item, dy_b, dy_l, length, REVERSE)
-    u_rows, u_step = first_token(u + d * u_d, item, u_b, u_l, length, REVERSE)
-    dt_rows, dt_step = first_token(dt + d * dt_d, item, dt_b, dt_l, length, REVERSE)
-    B_row = B + group * B_g + n * tl.cast(B_n, tl.int64)
-    B_rows, B_step = first_token(B_row, item, B_b, B_l, length, REVERSE)
-    C_row = C + group * C_g + n * tl.cast(C_n, tl.int64)
-    C_rows, C_step = first_token(C_row, item, C_b, C_l, length, REVERSE)
-    du_rows, out_step = first_token(du + d, item, row, channels, length, REVERSE)
-    ddt_rows, _ = first_token(ddt + d, item, row, channels, length, REVERSE)
+    dy_rows, dy_step = first_token(dy, item, dy_b, dy_l, length, REVERSE)
+    u_rows, u_step = first_token(u, item, u_b, u_l, length, REVERSE)
+    dt_rows, dt_step = first_token(dt, item, dt_b, dt_l, length, REVERSE)
+    B_rows, B_step = first_token(B + group * B_g, item, B_b, B_l, length, REVERSE)
+    C_rows, C_step = first_token(C + group * C_g, item, C_b, C_l, length, REVERSE)
+    row = length * tl.cast(channels, tl.int64)
+    du_rows, out_step = first_token(du, item, row, channels, length, REVERSE)
+    ddt_rows, _ = first_token(ddt, item, row, channels, length, REVERSE)
     if HAS_Z:
-        z_rows, z_step = first_token(z + d * z_d, item, z_b, z_l, length, REVERSE)
-        dz_rows, _ = first_token(dz + d, item, row, channels, length, REVERSE)
+        z_rows, z_step = first_token(z, item, z_b, z_l, length, REVERSE)
+        dz_rows, _ = first_token(dz, item, row, channels, length, REVERSE)
 
     # dB and dC are (blocks of channels, B, L, G, N).
     blocks = tl.cdiv(channels // groups, BLOCK_D)
-    part = (tl.program_id(0) % blocks).to(tl.int64) * batch + item
+    block = (tl.program_id(0) % blocks).to(tl.int64) * batch + item
     group_step = tl.cast(groups, tl.int64) * state
-    part_at = group * state + n
-    dB_rows, part_step = first_token(
-        dB + part_at, part, length * group_step, group_step, length, REVERSE
+    at = group * state
+    dB_rows, sum_step = first_token(
+        dB + at, block, length * group_step, group_step, length, REVERSE
     )
-    dC_rows, _ = first_token(dC + part_at, part, length * group_step, group_step, length, REVERSE)
+    dC_rows, _ = first_token(dC + at, block, length * group_step, group_step, length, REVERSE)
 
-    A_log2 = tl.load(A + tile_at, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    A_tile = _tile_of_states(A, 0, n, d, state, channels)
+    A_log2 = tl.load(A_tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
     skip = tl.zeros([BLOCK_D], tl.float32)
     if HAS_D:
         skip = tl.load(D + d, mask=mask_d, other=0.0).to(tl.float32)
@@ -338,103 +540,126 @@ def selective_scan_bwd_kernel(
     if HAS_DT_BIAS:
         bias = tl.load(dt_bias + d, mask=mask_d, other=0.0).to(tl.float32)
     dh = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    state_at = item * channels * state + tile_at
-    if HAS_DFINAL_STATE:
-        dh = tl.load(dfinal_state + state_at, mask=mask, other=0.0)
+    if HAS_START:
+        at = _tile_of_states(start, item * segments + part, n, d, state, channels)
+        dh = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     dA_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dD_sum = tl.zeros([BLOCK_D], tl.float32)
     dbias_sum = tl.zeros([BLOCK_D], tl.float32)
 
-    chunks = tl.cdiv(length, CHUNK)
-    saved_tile = saved + item * chunks * state * channels
-    saved_tile = saved_tile + n[:, None] * wide_channels + d[None, :]
     size: tl.constexpr = BLOCK_N * BLOCK_D
-    scratch_tile = scratch + tl.program_id(0).to(tl.int64) * scratch_program
-    scratch_tile = scratch_tile + n[:, None] + tl.arange(0, BLOCK_D)[None, :] * BLOCK_N
+    scratch += tl.program_id(0).to(tl.int64) * (CHUNK // TOKENS * size)
+    lane = _lanes(BLOCK_D, 4)
+    scratch_tile = scratch + tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + lane[None, :]
 
-    for chunk in range(chunks - 1, -1, -1):
-        start = tl.cast(chunk, tl.int64) * CHUNK
-        end = tl.minimum(start + CHUNK, length)
-        h = tl.load(saved_tile + chunk * state * wide_channels, mask=mask, other=0.0)
-        left = length - start
-        next_u = _load(u_rows + start * u_step, u_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-        next_dt = _load(dt_rows + start * dt_step, dt_step, left, mask_d, TOKENS)  # likewise
-        next_B = _load(B_rows + start * B_step, B_step, left, mask_n, TOKENS)  # [BLOCK_N] each
-        for t in range(start, end, TOKENS):
-            left = length - t
-            tl.store(scratch_tile + (t - start) // TOKENS * size, h)
+    chunks = tl.cdiv(length, CHUNK)
+    for back in range(tl.cdiv(last - first, CHUNK)):
+        chunk = tl.cdiv(last, CHUNK) - 1 - back
+        t = chunk * CHUNK
+        tokens = tl.minimum(last - t, CHUNK).to(tl.int32)
+        saved_tile = _tile_of_states(saved, item * chunks + chunk, n, d, state, channels)
+        h = tl.load(saved_tile, mask=mask, other=0.0)
+        u_row, dt_row, B_row = u_rows + t * u_step, dt_rows + t * dt_step, B_rows + t * B_step
+        # The rows of the next TOKENS tokens are under way while these are computed.
+        next_u = _load(u_row, d * u_d, u_step, tokens, mask_d, TOKENS)  # [BLOCK_D] each
+        next_dt = _load(dt_row, d * dt_d, dt_step, tokens, mask_d, TOKENS)  # [BLOCK_D] each
+        next_B = _load(B_row, n * B_n, B_step, tokens, mask_n, TOKENS)  # [BLOCK_N] each
+        for done in range(0, tokens, TOKENS):
+            tl.store(scratch_tile + done // TOKENS * size, h)
+            left = tokens - done
             us, dts = _float32(next_u, TOKENS), _float32(next_dt, TOKENS)
             Bs = _float32(next_B, TOKENS)
-            ahead = t + TOKENS
-            next_u = _load(u_rows + ahead * u_step, u_step, left - TOKENS, mask_d, TOKENS)
-            next_dt = _load(dt_rows + ahead * dt_step, dt_step, left - TOKENS, mask_d, TOKENS)
-            next_B = _load(B_rows + ahead * B_step, B_step, left - TOKENS, mask_n, TOKENS)
+            u_row += TOKENS * u_step
+            dt_row += TOKENS * dt_step
+            B_row += TOKENS * B_step
+            next_u = _load(u_row, d * u_d, u_step, left - TOKENS, mask_d, TOKENS)
+            next_dt = _load(dt_row, d * dt_d, dt_step, left - TOKENS, mask_d, TOKENS)
+            next_B = _load(B_row, n * B_n, B_step, left - TOKENS, mask_n, TOKENS)
             deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
             for i in tl.static_range(TOKENS):
-                decay = tl.exp2(deltas[i][None, :] * A_log2)
+                decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
                 h = decay * h + (deltas[i] * us[i])[None, :] * Bs[i][:, None]
         tl.debug_barrier()
 
-        for back in range(0, tl.cdiv(end - start, TOKENS)):
-            step = tl.cdiv(end - start, TOKENS) - 1 - back
-            t = start + step * TOKENS
-            left = length - t
-            h = tl.load(scratch_tile + step * size)
-            us = _load(u_rows + t * u_step, u_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-            dts = _load(dt_rows + t * dt_step, dt_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-            dys = _load(dy_rows + t * dy_step, dy_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-            Bs = _load(B_rows + t * B_step, B_step, left, mask_n, TOKENS)  # [BLOCK_N] each
-            Cs = _load(C_rows + t * C_step, C_step, left, mask_n, TOKENS)  # [BLOCK_N] each
+        steps = tl.cdiv(tokens, TOKENS)
+        t += (steps - 1) * TOKENS
+        left = tokens - (steps - 1) * TOKENS
+        u_row, dt_row, dy_row = u_rows + t * u_step, dt_rows + t * dt_step, dy_rows + t * dy_step
+        B_row, C_row = B_rows + t * B_step, C_rows + t * C_step
+        du_row, ddt_row = du_rows + t * out_step, ddt_rows + t * out_step
+        dB_row, dC_row = dB_rows + t * sum_step, dC_rows + t * sum_step
+        if HAS_Z:
+            z_row, dz_row = z_rows + t * z_step, dz_rows + t * out_step
+        for step in range(steps):
+            h = tl.load(scratch_tile + (steps - 1 - step) * size)
+            us = _load(u_row, d * u_d, u_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+            dts = _load(dt_row, d * dt_d, dt_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+            dys = _load(dy_row, d * dy_d, dy_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+            Bs = _load(B_row, n * B_n, B_step, left, mask_n, TOKENS)  # [BLOCK_N] each
+            Cs = _load(C_row, n * C_n, C_step, left, mask_n, TOKENS)  # [BLOCK_N] each
             if HAS_Z:
-                zs = _load(z_rows + t * z_step, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+                zs = _load(z_row, d * z_d, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
                 zs = _float32(zs, TOKENS)
             us, dts, dys = _float32(us, TOKENS), _float32(dts, TOKENS), _float32(dys, TOKENS)
             Bs, Cs = _float32(Bs, TOKENS), _float32(Cs, TOKENS)
             deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
-            decays = ()
-            states = (h,)
+            decays, states = (), (h,)
             for i in tl.static_range(TOKENS):
-                decay = tl.exp2(deltas[i][None, :] * A_log2)
+                decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
                 h = decay * h + (deltas[i] * us[i])[None, :] * Bs[i][:, None]
                 decays += (decay,)
                 states += (h,)
             for i in tl.static_range(TOKENS - 1, -1, -1):
                 u_t, dy_t, delta = us[i], dys[i], deltas[i]
                 B_t, C_t = Bs[i][:, None], Cs[i][:, None]
-                token = t + i
                 inside = i < left
                 if HAS_Z:
                     gate = sigmoid(zs[i])
                     ungated = tl.sum(states[i + 1] * C_t, axis=0) + skip * u_t
                     dz_t = dy_t * ungated * gate * (1.0 + zs[i] * (1.0 - gate))
-                    tl.store(dz_rows + token * out_step, dz_t, mask=mask_d & inside)
+                    tl.store(dz_row + i * out_step + d, dz_t, mask=mask_d & inside)
                     dy_t = dy_t * zs[i] * gate
                 dh += dy_t[None, :] * C_t
                 dC_t = tl.sum(dy_t[None, :] * states[i + 1], axis=1)
-                tl.store(dC_rows + token * part_step, dC_t, mask=mask_n & inside)
+                tl.store(dC_row + i * sum_step + n, dC_t, mask=mask_n & inside)
                 dB_t = tl.sum((delta * u_t)[None, :] * dh, axis=1)
-                tl.store(dB_rows + token * part_step, dB_t, mask=mask_n & inside)
+                tl.store(dB_row + i * sum_step + n, dB_t, mask=mask_n & inside)
                 ddrive = tl.sum(dh * B_t, axis=0)
                 du_t = ddrive * delta + dy_t * skip
-                tl.store(du_rows + token * out_step, du_t, mask=mask_d & inside)
+                tl.store(du_row + i * out_step + d, du_t, mask=mask_d & inside)
                 dh = dh * decays[i]
                 dexponent = dh * states[i]
                 ddt_t = ddrive * u_t + tl.sum(dexponent * A_log2, axis=0) * LN_2
                 if DT_SOFTPLUS:
                     ddt_t *= sigmoid(dts[i] + bias)
-                tl.store(ddt_rows + token * out_step, ddt_t, mask=mask_d & inside)
+                tl.store(ddt_row + i * out_step + d, ddt_t, mask=mask_d & inside)
                 dA_sum += dexponent * delta[None, :]
                 dD_sum += dy_t * u_t
                 dbias_sum += tl.where(inside, ddt_t, 0.0)
+            u_row -= TOKENS * u_step
+            dt_row -= TOKENS * dt_step
+            dy_row -= TOKENS * dy_step
+            B_row -= TOKENS * B_step
+            C_row -= TOKENS * C_step
+            du_row -= TOKENS * out_step
+            ddt_row -= TOKENS * out_step
+            dB_row -= TOKENS * sum_step
+            dC_row -= TOKENS * sum_step
+            if HAS_Z:
+                z_row -= TOKENS * z_step
+                dz_row -= TOKENS * out_step
+            left = TOKENS
         tl.debug_barrier()
 
-    tl.store(dA + state_at, dA_sum, mask=mask)
+    sums = item * segments + part
+    tl.store(_tile_of_states(dA, sums, n, d, state, channels), dA_sum, mask=mask)
     if HAS_D:
-        tl.store(dD + item * channels + d, dD_sum, mask=mask_d)
+        tl.store(dD + sums * channels + d, dD_sum, mask=mask_d)
     if HAS_DT_BIAS:
-        tl.store(ddt_bias + item * channels + d, dbias_sum, mask=mask_d)
-    if HAS_INITIAL_STATE:
-        tl.store(dinitial_state + state_at, dh, mask=mask)
+        tl.store(ddt_bias + sums * channels + d, dbias_sum, mask=mask_d)
+    if HAS_DINITIAL_STATE:
+        tile = _tile_of_states(dinitial_state, item, n, d, state, channels)
+        tl.store(tile, dh, mask=mask & (part == 0))
 
 
 def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_states):
@@ -442,43 +667,65 @@ def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, 
     state = A.shape[1]
     B, C = _grouped(B), _grouped(C)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    final_state = torch.empty(batch, channels, state, dtype=torch.float32, device=u.device)
     shape = saved_shape(batch, length, channels, state) if save_states else (0,)
     saved = torch.empty(shape, dtype=torch.float32, device=u.device)
+    A, D, dt_bias = _transposed(A), _contiguous(D), _contiguous(dt_bias)
     groups = B.shape[2]
-    blocks = _forward_blocks(u, state, groups)
+    blocks = _scan_blocks(state, channels // groups)
+    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, warps=12)
+    if segments == 1:
+        blocks = _forward_blocks(u, state, groups)
+    final_state = torch.empty(batch, channels, state, dtype=torch.float32, device=u.device)
+    start, end = _transposed(initial_state), final_state
     with launching_on(u):
-        selective_scan_fwd_kernel[_grid(batch, channels, groups, blocks)](
-            u,
-            dt,
-            A,
-            B,
-            C,
-            _contiguous(D),
-            z,
-            _contiguous(dt_bias),
-            initial_state,
-            y,
-            final_state,
-            saved,
-            length,
-            channels,
-            groups,
-            state,
-            *u.stride(),
-            *dt.stride(),
-            *A.stride(),
-            *B.stride(),
-            *C.stride(),
-            *_strides(z),
-            *_strides(initial_state),
+        if segments > 1:
+            start = _starts(
+                *(u, dt, A, B, None, dt_bias, start, final_state, segment, blocks),
+                *(dt_softplus, reverse, _exact(u)),
+                adjoint=False,
+            )
+            end = None
+        selective_scan_fwd_kernel[_grid(u, groups, segments, blocks)](
+            *(u, dt, A, B, C, D, z, dt_bias, start, y, end, saved),
+            *(length, segment, segments, channels, groups, state),
+            *(*u.stride(), *dt.stride(), *B.stride(), *C.stride(), *_strides(z)),
             DT_SOFTPLUS=dt_softplus,
             REVERSE=reverse,
+            EXACT=_exact(u),
             SAVE_STATES=save_states,
             CHUNK=CHUNK,
             **blocks,
         )
     return y, final_state, saved
+
+
+def _starts(
+    x, dt, A, W, z, dt_bias, start, final, segment, blocks, dt_softplus, reverse, exact, adjoint
+):
+    """Return the states from which the segments start: (B, segments, N, D)."""
+    batch, length, channels = x.shape
+    state, groups = A.shape[0], W.shape[2]
+    segments = triton.cdiv(length, segment)
+    end = torch.empty(batch, segments, state, channels, dtype=torch.float32, device=x.device)
+    starts = torch.empty_like(end)
+    delta_sum = torch.empty(batch, segments, channels, dtype=torch.float32, device=x.device)
+    selective_scan_local_kernel[_grid(x, groups, segments, blocks)](
+        *(x, dt, A, W, z, dt_bias, end, delta_sum),
+        *(length, segment, segments, channels, groups, state),
+        *(*x.stride(), *dt.stride(), *W.stride(), *_strides(z)),
+        DT_SOFTPLUS=dt_softplus,
+        REVERSE=reverse,
+        EXACT=exact,
+        ADJOINT=adjoint,
+        **blocks,
+    )
+    block = 128
+    selective_scan_carry_kernel[(batch, triton.cdiv(channels * state, block))](
+        *(A, start, end, delta_sum, starts, final, segments, channels, state),
+        ADJOINT=adjoint,
+        BLOCK=block,
+    )
+    return starts
 
 
 def backward(
@@ -488,63 +735,40 @@ def backward(
     state = A.shape[1]
     B_, C_ = _grouped(B), _grouped(C)
     groups = B_.shape[2]
-    blocks = _backward_blocks(u, state, groups)
-    grid = _grid(batch, channels, groups, blocks)
 
-    def like(x):
-        return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def empty(present, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=u.device) if present else None
 
-    def partial(present, *shape):
-        return torch.empty(shape, dtype=torch.float32, device=u.device) if present else None
-
-    du, ddt, dz = like(u), like(dt), like(z)
+    A, D, dt_bias = _transposed(A), _contiguous(D), _contiguous(dt_bias)
+    du, ddt = empty(True, *u.shape, dtype=u.dtype), empty(True, *dt.shape, dtype=dt.dtype)
+    dz = None if z is None else empty(True, *z.shape, dtype=z.dtype)
+    blocks = _backward_blocks(state, channels // groups)
+    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, warps=8)
+    grid = _grid(u, groups, segments, blocks)
+    scratch = empty(True, grid[0], CHUNK // blocks["TOKENS"], blocks["BLOCK_N"], blocks["BLOCK_D"])
     parts = triton.cdiv(channels // groups, blocks["BLOCK_D"])
-    dA = partial(True, batch, channels, state)
-    dB = partial(True, parts, batch, length, groups, state)
+    dA = empty(True, batch * segments, state, channels)
+    dB = empty(True, parts, batch, length, groups, state)
     dC = torch.empty_like(dB)
-    dD = partial(D is not None, batch, channels)
-    ddt_bias = partial(dt_bias is not None, batch, channels)
-    dinitial_state = partial(initial_state is not None, batch, channels, state)
-    tile = blocks["BLOCK_N"] * blocks["BLOCK_D"]
-    scratch = partial(True, grid[0], min(CHUNK, length) // blocks["TOKENS"] + 1, tile)
+    dD = empty(D is not None, batch * segments, channels)
+    ddt_bias = empty(dt_bias is not None, batch * segments, channels)
+    dinitial_state = empty(initial_state is not None, batch, state, channels)
+    start = _transposed(dfinal_state)
     with launching_on(u):
+        if segments > 1:
+            start = _starts(
+                *(dy, dt, A, C_, z, dt_bias, start, None, segment),
+                *(_scan_blocks(state, channels // groups), dt_softplus, reverse, _exact(u)),
+                adjoint=True,
+            )
         selective_scan_bwd_kernel[grid](
-            dy,
-            _contiguous(dfinal_state),
-            u,
-            dt,
-            A.contiguous(),
-            B_,
-            C_,
-            _contiguous(D),
-            z,
-            _contiguous(dt_bias),
-            initial_state,
-            saved,
-            scratch,
-            du,
-            ddt,
-            dA,
-            dB,
-            dC,
-            dD,
-            dz,
-            ddt_bias,
-            dinitial_state,
-            batch,
-            length,
-            channels,
-            groups,
-            state,
-            scratch.stride(0),
-            *dy.stride(),
-            *u.stride(),
-            *dt.stride(),
-            *B_.stride(),
-            *C_.stride(),
-            *_strides(z),
+            *(dy, start, u, dt, A, B_, C_, D, z, dt_bias, saved, scratch),
+            *(du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state),
+            *(batch, length, segment, segments, channels, groups, state),
+            *(*dy.stride(), *u.stride(), *dt.stride(), *B_.stride(), *C_.stride(), *_strides(z)),
             DT_SOFTPLUS=dt_softplus,
             REVERSE=reverse,
+            EXACT=_exact(u),
             CHUNK=CHUNK,
             **blocks,
         )
@@ -552,8 +776,9 @@ def backward(
     def total(parts):
         return None if parts is None else parts.sum(0)
 
+    dA, dinitial_state = _transposed(total(dA)), _transposed(dinitial_state)
     dB, dC = total(dB).view(B.shape), total(dC).view(C.shape)
-    return du, ddt, total(dA), dB, dC, total(dD), dz, total(ddt_bias), dinitial_state
+    return du, ddt, dA, dB, dC, total(dD), dz, total(ddt_bias), dinitial_state
 
 
 def saved_shape(batch: int, length: int, channels: int, state: int) -> tuple[int, ...]:
@@ -561,36 +786,60 @@ def saved_shape(batch: int, length: int, channels: int, state: int) -> tuple[int
     return batch, (length + CHUNK - 1) // CHUNK, state, channels
 
 
-def _forward_blocks(u, state: int, groups: int) -> dict[str, int]:
+def _scan_blocks(state: int, channels: int) -> dict[str, int]:
+    """How the scan from the first token to the last is shared out, where programs are many."""
     block_n = triton.next_power_of_2(state)
-    block_d = _block_d(u, groups, most=min(64, max(8, 1024 // block_n)), least=4)
+    block_d = min(64, max(8, 1024 // block_n), triton.next_power_of_2(channels))
     warps = min(8, max(1, block_n * block_d // 1024))
-    tokens = 8 if block_n * block_d <= 128 else 2
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": tokens, "num_warps": warps}
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": 2, "num_warps": warps}
 
 
-def _backward_blocks(u, state: int, groups: int) -> dict[str, int]:
-    block_n = triton.next_power_of_2(state)
-    block_d = _block_d(u, groups, most=min(32, max(8, 512 // block_n)), least=8)
-    warps = min(8, max(1, block_n * block_d // 512))
-    tokens = 4 if block_n * block_d <= 128 else 2
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": tokens, "num_warps": warps}
-
-
-def _block_d(u, groups: int, most: int, least: int) -> int:
-    """Channels of a program: `most`, or fewer where that leaves the GPU's schedulers idle."""
+def _forward_blocks(u, state: int, groups: int) -> dict[str, int]:
+    """The same with fewer channels a program, where that would leave the GPU's schedulers idle."""
     batch, _, channels = u.shape
-    schedulers = 1
-    if u.is_cuda:
-        schedulers = 4 * torch.cuda.get_device_properties(u.device).multi_processor_count
-    block_d = min(most, triton.next_power_of_2(channels // groups))
-    while block_d > least and batch * channels < block_d * schedulers:
-        block_d //= 2
-    return max(block_d, least)
+    blocks = _scan_blocks(state, channels // groups)
+    least, wanted = 4, 4 * _multiprocessors(u)
+    while blocks["BLOCK_D"] > least and batch * channels < blocks["BLOCK_D"] * wanted:
+        blocks["BLOCK_D"] //= 2
+    tile = blocks["BLOCK_N"] * blocks["BLOCK_D"]
+    blocks["num_warps"] = min(8, max(1, tile // 1024))
+    return blocks | ({"TOKENS": 8} if tile <= 128 else {})
 
 
-def _grid(batch: int, channels: int, groups: int, blocks: dict[str, int]) -> tuple[int]:
-    return (batch * groups * triton.cdiv(channels // groups, blocks["BLOCK_D"]),)
+def _backward_blocks(state: int, channels: int) -> dict[str, int]:
+    block_n = triton.next_power_of_2(state)
+    block_d = max(8, min(32, 512 // block_n, triton.next_power_of_2(channels)))
+    warps = min(8, max(1, block_n * block_d // 512))
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": 2, "num_warps": warps}
+
+
+def _segments(u, programs: int, blocks: dict[str, int], warps: int) -> tuple[int, int]:
+    """Into segments of how many tokens to cut a sequence, and how many these are.
+
+    Args:
+        programs: how many there are if nothing is cut; so few that most of the GPU idles are cut,
+            into as many as it holds at once.
+        warps: how many a multiprocessor holds, by their registers.
+    """
+    length = u.shape[1]
+    segments = _multiprocessors(u) * max(1, warps // blocks["num_warps"]) // max(1, programs)
+    if length < 1024 or segments < 3:
+        return triton.cdiv(length, CHUNK) * CHUNK, 1
+    segment = max(2, triton.cdiv(triton.cdiv(length, CHUNK), segments)) * CHUNK
+    return segment, triton.cdiv(length, segment)
+
+
+def _exact(u) -> bool:
+    return u.dtype == torch.float32
+
+
+def _multiprocessors(u) -> int:
+    return torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 0
+
+
+def _grid(u, groups: int, segments: int, blocks: dict[str, int]) -> tuple[int]:
+    batch, _, channels = u.shape
+    return (batch * segments * groups * triton.cdiv(channels // groups, blocks["BLOCK_D"]),)
 
 
 def _grouped(x):
@@ -600,6 +849,11 @@ def _grouped(x):
 
 def _contiguous(x):
     return None if x is None else x.contiguous()
+
+
+def _transposed(x):
+    """(.., D, N) <-> (.., N, D); the kernels read states with the channels contiguous."""
+    return None if x is None else x.mT.contiguous()
 
 
 def _strides(x) -> tuple[int, ...]:
