@@ -57,11 +57,19 @@ struct Tokens {
 
 // Gradients of NT states over a chunk. The states are computed again and kept as a (the decay) and
 // ah (the decayed state before the token), (T, NT, W) each. g carries the gradient of the state.
+// Sums over many tokens go by chunks, and what rounding takes from a sum is added the next time.
+inline void add_compensated(F& sum, F& lost, F x) {
+    const F wanted = add(x, lost), total = add(sum, wanted);
+    lost = sub(wanted, sub(total, sum));
+    sum = total;
+}
+
+// dA, dA_lost: a compensated sum.
 // dB, dC: (T, NT, W) sums over the vectors of a block, which the first of them begins.
 template <int NT, bool WITHIN>
-void backward_tile(const float* h, const float* A, float* g, float* dA, const Tokens& k, Matrix B,
-                   Matrix C, float* dB, float* dC, float* kept, int64_t tokens, bool gated,
-                   bool first) {
+void backward_tile(const float* h, const float* A, float* g, float* dA, float* dA_lost,
+                   const Tokens& k, Matrix B, Matrix C, float* dB, float* dC, float* kept,
+                   int64_t tokens, bool gated, bool first) {
     F s[NT];
     VIM_UNROLL
     for (int n = 0; n < NT; ++n) s[n] = load(h + n * W);
@@ -88,7 +96,7 @@ void backward_tile(const float* h, const float* A, float* g, float* dA, const To
     VIM_UNROLL
     for (int n = 0; n < NT; ++n) {
         gradient[n] = load(g + n * W);
-        sum[n] = load(dA + n * W);
+        sum[n] = set1(0.0f);
     }
     for (int64_t t = tokens - 1; t >= 0; --t) {
         const F d = load(k.delta + t * W), x = load(k.drive + t * W), dy = load(k.dout + t * W);
@@ -114,7 +122,10 @@ void backward_tile(const float* h, const float* A, float* g, float* dA, const To
     VIM_UNROLL
     for (int n = 0; n < NT; ++n) {
         store(g + n * W, gradient[n]);
-        store(dA + n * W, sum[n]);
+        F total = load(dA + n * W), lost = load(dA_lost + n * W);
+        add_compensated(total, lost, sum[n]);
+        store(dA + n * W, total);
+        store(dA_lost + n * W, lost);
     }
 }
 
@@ -123,7 +134,7 @@ struct Chunk {
     int vectors;
     int64_t tokens, state;
     const float *h, *A;  // (vectors, N, W)
-    float *g, *dA;       // (vectors, N, W)
+    float *g, *dA, *dA_lost;
     Tokens k[BACKWARD_BLOCK / W];
     bool within[BACKWARD_BLOCK / W];  // whether exponents are below EXP2_LIMIT
     bool gated;
@@ -143,8 +154,8 @@ void backward_tiles(int64_t n, const Chunk& c) {
             const int64_t at = (v * c.state + n) * W;
             (c.within[v] ? backward_tile<NT, true>
                          : backward_tile<NT, false>)(c.h + at, c.A + at, c.g + at, c.dA + at,
-                                                     c.k[v], B, C, c.dB, c.dC, c.kept, c.tokens,
-                                                     c.gated, v == 0);
+                                                     c.dA_lost + at, c.k[v], B, C, c.dB, c.dC,
+                                                     c.kept, c.tokens, c.gated, v == 0);
         }
         float dB[CHUNK * NT], dC[CHUNK * NT];
         sum_rows(c.dB, dB, size);
@@ -171,11 +182,12 @@ void backward_item(const void* context, int64_t item) {
     const int vectors = block.vectors();
 
     const int64_t tile = CHUNK * BACKWARD_TILE * W;
-    Arena arena{scratch((4 * N + 1) * vectors * W + 2 * CHUNK * N + 4 * tile +
-                        8 * vectors * CHUNK * W + 16 * (10 + 8 * vectors))};
+    Arena arena{scratch((5 * N + 1) * vectors * W + 2 * CHUNK * N + 4 * tile +
+                        8 * vectors * CHUNK * W + 16 * (11 + 8 * vectors))};
     const Decay decay = load_decay(in, block, arena);
     float* g = arena.take(vectors * N * W);
     float* dA = arena.take(vectors * N * W);
+    float* dA_lost = arena.take(vectors * N * W);
     float* h = arena.take(vectors * N * W);
     float* B_space = arena.take(CHUNK * N);
     float* C_space = arena.take(CHUNK * N);
@@ -186,6 +198,7 @@ void backward_item(const void* context, int64_t item) {
     c.A = decay.A;
     c.g = g;
     c.dA = dA;
+    c.dA_lost = dA_lost;
     c.gated = in.z.data != nullptr;
     c.dB = arena.take(tile);
     c.dC = arena.take(tile);
@@ -198,9 +211,10 @@ void backward_item(const void* context, int64_t item) {
     }
 
     F dD[BACKWARD_BLOCK / W], ddt_bias[BACKWARD_BLOCK / W];
+    F dD_lost[BACKWARD_BLOCK / W], ddt_bias_lost[BACKWARD_BLOCK / W];
     for (int v = 0; v < vectors; ++v) {
         const int64_t channel = block.first + v * W;
-        dD[v] = ddt_bias[v] = set1(0.0f);
+        dD[v] = ddt_bias[v] = dD_lost[v] = ddt_bias_lost[v] = set1(0.0f);
         const float* final_state = p.dfinal_state;
         if (final_state != nullptr) final_state += (block.batch * in.channels + channel) * N;
         for (int64_t n = 0; n < N; ++n) {
@@ -208,6 +222,7 @@ void backward_item(const void* context, int64_t item) {
                                            ? set1(0.0f)
                                            : gather(final_state + n, N, block.lanes(v)));
             store(dA + (v * N + n) * W, set1(0.0f));
+            store(dA_lost + (v * N + n) * W, set1(0.0f));
         }
     }
 
@@ -307,8 +322,8 @@ void backward_item(const void* context, int64_t item) {
                     dz.put(t0 + t, v * W, mul(gradient, slope), lanes);
                 }
             }
-            dD[v] = add(dD[v], dskip);
-            ddt_bias[v] = add(ddt_bias[v], dbias);
+            add_compensated(dD[v], dD_lost[v], dskip);
+            add_compensated(ddt_bias[v], ddt_bias_lost[v], dbias);
         }
     }
 
