@@ -77,7 +77,8 @@ COMMANDS = [
 @pytest.fixture
 def workplace(tmp_path):
     """A folder with what the commands expect: the tools, photographs, an official checkpoint."""
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    for folder in ("tools", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "photos").mkdir()
     for i in range(2):
         noise = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
@@ -87,13 +88,15 @@ def workplace(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("block", "line"), COMMANDS, ids=[f"{b}:{line.split()[1]}" for b, line in COMMANDS]
-)
-def test_command(block, line, workplace):
-    if line in RUN_BY_CI:
-        assert line.startswith("pip") or line in (ROOT / ".ci" / "run").read_text()
-        return
-    program, *arguments = shlex.split(line)
-    assert program == "python", f"{block}: no test knows how to run {line!r}"
-    run([sys.executable, *arguments], workplace)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page, workplace):
+    """In the order of the page: a command may need what the one before it has written."""
+    for block, line in COMMANDS:
+        if block.page != page:
+            continue
+        if line in RUN_BY_CI:
+            assert line.startswith("pip") or line in (ROOT / ".ci" / "run").read_text()
+            continue
+        program, *arguments = shlex.split(line)
+        assert program == "python", f"{block}: no test knows how to run {line!r}"
+        run([sys.executable, *arguments], workplace)

@@ -1,0 +1,21 @@
+"""Ten steps of a Vim of two blocks on made-up images: does the set-up run?"""
+
+_base_ = ["../_base_/default_runtime.py", "../_base_/datasets/made_up.py"]
+model = dict(
+    type="VimClassifier",
+    backbone=dict(
+        name="vim_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, d_state=4, num_classes=10
+    ),
+    loss=dict(kind="soft-target"),
+)
+optim_wrapper = dict(
+    type="VimOptimWrapper",
+    constructor="VimOptimizerConstructor",
+    optimizer=dict(opt="adamw", lr=1e-3, weight_decay=0.05),
+    dtype="float32",
+)
+train_cfg = dict(type="VimTrainLoop", max_epochs=1, checkpoint_interval=5)
+param_scheduler = dict(type="VimCosineLR", by_epoch=True, total=2, warmup=1)
+val_cfg = dict(dtype="float32")
+test_cfg = dict(dtype="float32")
+default_hooks = dict(progress=dict(interval=1), metrics=dict(interval=1))

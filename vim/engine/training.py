@@ -1,0 +1,5 @@
+"""Everything that training configs name: importing this registers it with mmengine."""
+
+from . import classifier, hooks, metrics, optimization, preprocessing, reporting, runner
+
+__all__ = ["classifier", "hooks", "metrics", "optimization", "preprocessing", "reporting", "runner"]
