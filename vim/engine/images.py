@@ -146,10 +146,10 @@ def _read(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         if width * height > max_pixels:
             size = f"{width} x {height} pixels"
             raise ImageReadError(path, f"{size} are more than the {max_pixels} allowed")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _grey_to_rgb(np.asarray(image).astype(np.int32) >> 8)
     if image.mode == "F":
