@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
 from vim.engine.checkpoints import CheckpointError
 from vim.engine.config import build_runner, load_config
 from vim.engine.runner import NonFiniteError
@@ -49,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     try:
         runner.train()
-    except (CheckpointError, NonFiniteError) as error:
+    except (CheckpointError, NonFiniteError, FileExistsError) as error:
         logging.error("%s", error)
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
