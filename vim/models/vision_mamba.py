@@ -125,6 +125,7 @@ class VisionMamba(nn.Module):
         self.num_prefix_tokens = self.token_order.num_prefix_tokens
         self.num_cls_tokens = self.token_order.num_cls_tokens
         self.num_reg_tokens = reg_tokens
+        self.reg_token_position = reg_token_position
         self.has_class_token = self.num_cls_tokens > 0
         self._check_pool(global_pool)
         self.global_pool = global_pool
@@ -294,6 +295,25 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(pos_embed, self.pos_embed.requires_grad)
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
+
+    @torch.jit.ignore
+    def drop_class_tokens(self) -> None:
+        """Take the class tokens out, for good: the scan then reads patches and registers alone.
+
+        For dense prediction from weights that were trained with a class token. Pooling by "token"
+        becomes "avg".
+        """
+        if self.pos_embed is not None:
+            patches = self.pos_embed.detach()[:, self.num_embedded_cls_tokens :].clone()
+            self.pos_embed = nn.Parameter(patches, self.pos_embed.requires_grad)
+        self.token_order = TokenOrder("none", self.num_reg_tokens, self.reg_token_position)
+        self.cls_token = None
+        self.cls_token_position = "none"
+        self.has_class_token = False
+        self.num_cls_tokens = self.num_embedded_cls_tokens = 0
+        self.num_prefix_tokens = self.token_order.num_prefix_tokens
+        if self.global_pool == "token":
+            self.global_pool = "avg"
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image to tokens in the order of the scan: (B, C, H, W) -> (B, P + M, D)."""
