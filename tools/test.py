@@ -1,9 +1,9 @@
-"""Evaluate a classifier: accuracy, calibration, each class, and what is confused with what.
+"""Evaluate a classifier or a segmenter: accuracy in total, of each class, and what is confused.
 
-It is that of a training config, with a checkpoint or the folder of its run; or any timm model, on a
-folder of images. Writes metrics.json, per_class.csv, confusion.png, calibration.png and table.md to
-a folder; the table goes to stdout. Exit code: 0 if all went well, 2 for arguments that cannot be
-met.
+It is that of a training config, with a checkpoint or the folder of its run; or any timm model, a
+classifier, on a folder of images. Writes metrics.json, per_class.csv, confusions, table.md, and a
+calibration diagram or overlays to a folder; the table goes to stdout. Exit code: 0 if all went
+well, 2 for arguments that cannot be met.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from vim.engine.inference import (
 from vim.engine.metrics import ClassificationMetric, EvaluationReport, evaluate
 from vim.engine.preprocessing import Preprocessor
 from vim.engine.reporting import run_info
+from vim.engine.segmentation_metrics import SegmentationMetric, SegmentationReport
 
 logger = logging.getLogger("test")
 
@@ -83,7 +84,9 @@ def find_checkpoint(path: Path | None) -> Path | None:
     return found
 
 
-def of_config(args: argparse.Namespace, checkpoint: Path | None, folder: Path) -> EvaluationReport:
+def of_config(
+    args: argparse.Namespace, checkpoint: Path | None, folder: Path
+) -> EvaluationReport | SegmentationReport:
     """Return the report on the config's test data, or, where it has none, its validation data."""
     config = load_config(args.config, args.cfg_options, work_dir=folder)
     for key in ("dataloader", "evaluator"):
@@ -99,9 +102,13 @@ def of_config(args: argparse.Namespace, checkpoint: Path | None, folder: Path) -
         logger.warning("the weights are those that training would start from: give --checkpoint")
     runner = build_runner(config)
     loader, metrics = runner.test_dataloader, runner.test_loop.evaluator.metrics
-    metric = next((m for m in metrics if isinstance(m, ClassificationMetric)), None)
+    known = (ClassificationMetric, SegmentationMetric)
+    metric = next((m for m in metrics if isinstance(m, known)), None)
     if metric is None:
-        raise ValueError(f"{args.config}: the evaluator must have a VimClassificationMetric")
+        raise ValueError(
+            f"{args.config}: the evaluator must have a VimClassificationMetric or a "
+            "VimSegmentationMetric"
+        )
     metric.dataset_meta = {"classes": described(getattr(loader.dataset, "class_names", None))}
     runner.test()
     dataset = config.test_dataloader.dataset

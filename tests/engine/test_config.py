@@ -22,6 +22,12 @@ def test_every_config(path):
     batch = int(path.stem.split("xb")[1].split("_")[0].split("-")[0])
     assert config.train_dataloader.batch_size == batch, "the file's name states the batch"
     preprocessor = config.model.data_preprocessor
+    if config.model.type == "VimSegmenter":
+        assert config.train_dataloader.mean == preprocessor.mean
+        for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+            assert loader.task == "segmentation"
+            assert loader.dataset.num_classes == config.model.num_classes
+        return
     assert preprocessor.num_classes == config.model.backbone.get("num_classes", 1000)
     for loader in (config.train_dataloader, config.val_dataloader):
         assert (loader.mean, loader.std) == (preprocessor.mean, preprocessor.std)
@@ -34,6 +40,16 @@ def test_the_official_recipe():
     assert config.param_scheduler.warmup == 5
     assert config.train_dataloader.repeats == 3
     assert config.default_hooks.ema.decay == 0.99996
+
+
+def test_the_official_recipe_of_segmentation():
+    config = load_config(ROOT / "configs/segmentation/vim-small-upernet_4xb8_ade20k-512.py")
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.layer_decay) == (1e-4, 0.05, 0.95)
+    assert config.model.channels == 384
+    assert config.model.inference == {"window": (512, 512), "stride": (341, 341)}
+    iterations = config.train_cfg.max_epochs * (20210 // 4 // 8)
+    assert config.param_scheduler[1].end == iterations == 59945
 
 
 def test_options_from_the_command_line():
@@ -65,6 +81,25 @@ def test_options_from_the_command_line():
 def test_a_misspelt_key_fails_with_near_misses(key, near):
     with pytest.raises(ValueError, match="no ") as error:
         load_config(DEBUG, {key: 1})
+    assert near in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("model.chanels", "channels"),
+        ("model.backbone.class_tokens", "class_token"),
+        ("model.inference.strides", "stride"),
+        ("train_dataloader.crop_sizes", "crop_size"),
+        ("train_dataloader.dataset.reduce_zero_labels", "reduce_zero_label"),
+        ("train_dataloader.augmentation.flip", "hflip"),
+        ("val_evaluator.overlay", "overlays"),
+    ],
+)
+def test_a_misspelt_key_of_segmentation(key, near):
+    path = ROOT / "configs/segmentation/vim-tiny-upernet_4xb8_ade20k-512.py"
+    with pytest.raises(ValueError, match="no ") as error:
+        load_config(path, {key: 1})
     assert near in str(error.value)
 
 

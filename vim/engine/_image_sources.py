@@ -51,7 +51,8 @@ class Source(Protocol):
         """The file, as the user can find it."""
 
 
-def _decode(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
+    """The image in a file's bytes as RGB, upright; any exception means that it is broken."""
     if not data:
         raise ValueError("the file is empty")
     Image.init()  # without, a process's first image finds no formats registered
@@ -83,7 +84,7 @@ class _ReaderSource:
     def load(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index]
         with file:
-            return _decode(file.read()), int(target)
+            return decode(file.read()), int(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True) or f"image {index}")
@@ -122,7 +123,7 @@ class _TarSource:
             data = file.read(self.sizes[index])
         if len(data) < self.sizes[index]:
             raise ValueError(f"the archive ends after {len(data)} of {self.sizes[index]} bytes")
-        return _decode(data), int(self.targets[index])
+        return decode(data), int(self.targets[index])
 
     def name(self, index: int) -> str:
         return f"{self.root}:{os.fsdecode(self.names[index])}"

@@ -109,7 +109,7 @@ def apply_options(config: Config, options: Mapping[str, Any]) -> None:
             continue
         if not isinstance(parent, _DICTS):
             raise ValueError(f"{'.'.join(path)} is {parent!r}, which has no {last!r}")
-        allowed = _allowed(parent, path)
+        allowed = _allowed(config, parent, path)
         if last not in allowed:
             raise ValueError(f"the config has no key {dotted!r}{_hint(last, allowed)}")
         parent[last] = value
@@ -130,8 +130,8 @@ def _position(values: list, text: str, where: str) -> int:
     return int(text)
 
 
-def _allowed(parent: Mapping[str, Any], path: Sequence[str]) -> set[str]:
-    """Return the keys that a dict of the config may have."""
+def _allowed(config: Config, parent: Mapping[str, Any], path: Sequence[str]) -> set[str]:
+    """Return the keys that `parent`, the dict at `path` of the config, may have."""
     allowed = set(parent)
     if not path:
         return allowed | _TOP_LEVEL
@@ -141,36 +141,51 @@ def _allowed(parent: Mapping[str, Any], path: Sequence[str]) -> set[str]:
         )
         if component is not None:
             allowed |= set(inspect.signature(component).parameters)
-    return allowed | _arguments_at(tuple(path))
+    first = config[path[0]]
+    task = first.get("task") if isinstance(first, _DICTS) else None
+    return allowed | _arguments_at(tuple(path), task)
 
 
-def _arguments_at(path: tuple[str, ...]) -> set[str]:
-    """Return the arguments that go with the dicts of a config which have no `type`."""
+def _arguments_at(path: tuple[str, ...], task: str | None) -> set[str]:
+    """Return the arguments that go with the dicts of a config which have no `type`.
+
+    Args:
+        path: of the dict.
+        task: of the dataloader that it is in.
+    """
     from timm.data import create_transform
     from timm.optim import create_optimizer_v2
 
-    from vim.models import VisionMamba
+    from vim.models import VisionMamba, VisionMambaPyramid
 
-    from . import classifier, data
+    from . import classifier, data, segmentation
 
     def arguments(function) -> set[str]:
         return set(inspect.signature(function).parameters)
 
     if path[-1] == "backbone":
         own = {"name", "checkpoint", "use_ema", "grad_checkpointing", "pretrained"}
-        return own | arguments(VisionMamba)
+        pyramid = arguments(VisionMambaPyramid) - {"model"}
+        return own | arguments(VisionMamba) | pyramid
     if path[-1] == "optimizer":
         return arguments(create_optimizer_v2) | {"betas", "eps", "fused"}
     if path[-1] == "loss":
         return arguments(classifier.build_loss)
+    if path[-1] == "inference":
+        return set(segmentation.INFERENCE_KEYS)
     if path[-1] == "distillation":
         return arguments(classifier.Distillation)
+    loading, augmentation = data, arguments(create_transform) | {"three_augment"}
+    if task == "segmentation":
+        from . import segmentation_data as loading  # its libraries are optional
+
+        augmentation = loading.AUGMENTATION
     if path[-1] == "augmentation":
-        return arguments(create_transform) | {"three_augment"}
+        return set(augmentation)
     if path[-1] == "dataset":
-        return set(data.DATASET_KEYS)
+        return set(loading.DATASET_KEYS)
     if path[-1].endswith("_dataloader"):
-        return set(data.LOADER_KEYS)
+        return set(loading.LOADER_KEYS)
     return set()
 
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,6 +52,8 @@ __all__ = [
     "build_dataset",
     "build_loader",
     "collate",
+    "loader_builder",
+    "make_loader",
 ]
 
 logger = logging.getLogger("vim.data")
@@ -59,6 +61,7 @@ logger = logging.getLogger("vim.data")
 # Unreadable images in a row after which the storage is at fault rather than single files.
 MAX_ATTEMPTS = 10
 LOADER_KEYS = {
+    "task",
     "dataset",
     "batch_size",
     "num_workers",
@@ -306,10 +309,16 @@ class Loader(DataLoader):
 
     corrupt: dict[str, str]
 
-    def __init__(self, dataset: ImageDataset | StreamDataset, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset | StreamDataset,
+        *,
+        collate_fn: Callable[[Sequence[Any]], dict[str, Any]] = collate,
+        **options: Any,
+    ) -> None:
         self.corrupt = {}
         self._skip = 0
-        super().__init__(dataset, collate_fn=collate, **options)
+        super().__init__(dataset, collate_fn=collate_fn, **options)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Go to an epoch, past the `start` samples of it that this rank has used already.
@@ -423,6 +432,7 @@ def build_loader(
 
     Args:
         cfg: these keys, of which `dataset` and `batch_size` are needed, and a size:
+            task: "classification", see `loader_builder`.
             dataset: see `build_dataset`.
             batch_size: of each process.
             num_workers: reading processes, 0 (default) reads in this one.
@@ -464,12 +474,7 @@ def build_loader(
             "crop_pct is for evaluation; in training, augmentation.scale says how "
             "much of an image a crop shows"
         )
-    batch_size, num_workers = cfg["batch_size"], cfg.get("num_workers", 0)
-    if batch_size < 1 or num_workers < 0:
-        raise ValueError(
-            f"batch_size must be at least 1 and num_workers at least 0, got "
-            f"{batch_size} and {num_workers}"
-        )
+    batch_size = cfg["batch_size"]
     # Iterable data sets count in each worker, whose batches are its own.
     iterable = prefix_of(cfg["dataset"].get("name") or "") in ITERABLE
     transform = build_transform(
@@ -478,6 +483,55 @@ def build_loader(
     dataset = build_dataset(
         cfg["dataset"], transform, is_training, seed=seed, rank=rank, batch_size=batch_size
     )
+    return make_loader(
+        dataset, cfg, seed=seed, rank=rank, world_size=world_size, is_training=is_training
+    )
+
+
+def loader_builder(cfg: Mapping[str, Any]) -> Callable[..., Loader]:
+    """The function that builds the loader of a config, by the key `task` of it.
+
+    "classification", or none: `build_loader`. "segmentation": `build_loader` of
+    `vim.engine.segmentation_data`, which needs the extra `dense`.
+
+    Raises:
+        ValueError: another task.
+    """
+    task = cfg.get("task", "classification")
+    if task == "classification":
+        return build_loader
+    if task != "segmentation":
+        raise ValueError(
+            f"dataloader.task must be 'classification' or 'segmentation', got {task!r}"
+        )
+    from . import segmentation_data  # its libraries are optional
+
+    return segmentation_data.build_loader
+
+
+def make_loader(
+    dataset: ImageDataset | StreamDataset,
+    cfg: Mapping[str, Any],
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    is_training: bool,
+    collate_fn: Callable[[Sequence[Any]], dict[str, Any]] = collate,
+) -> Loader:
+    """The loader of a data set that is built; see `build_loader`.
+
+    Args:
+        dataset: what to read.
+        cfg: of the keys of `build_loader` those that say how: batch_size, num_workers, ...
+        collate_fn: from samples to a batch with the entries of `collate`.
+    """
+    batch_size, num_workers = cfg["batch_size"], cfg.get("num_workers", 0)
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"batch_size must be at least 1 and num_workers at least 0, got "
+            f"{batch_size} and {num_workers}"
+        )
     drop_last = cfg.get("drop_last", is_training)
     sampler = None
     if isinstance(dataset, StreamDataset):
@@ -507,6 +561,7 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         generator=generator,
+        collate_fn=collate_fn,
     )
     if is_training and len(loader) == 0:
         raise ValueError(

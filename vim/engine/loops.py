@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from vim.engine import checkpoints
-from vim.engine.data import build_loader
+from vim.engine.data import loader_builder
 from vim.engine.seeding import seed_everything_at
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class VimTrainLoop(BaseLoop):
 
     Args:
         runner: the runner.
-        dataloader: keys of `vim.engine.data.build_loader`, or a loader; its `set_epoch(epoch,
+        dataloader: see `vim.engine.data.loader_builder`, or a loader; its `set_epoch(epoch,
             start)`, or its sampler's, goes to a place in the data.
         max_epochs: epochs to train.
         val_interval: epochs from one validation to the next; the last epoch has one, too.
@@ -215,7 +215,7 @@ class _EvaluationLoop(BaseLoop):
 
     Args:
         runner: the runner.
-        dataloader: keys of `vim.engine.data.build_loader`, or a loader.
+        dataloader: see `vim.engine.data.loader_builder`, or a loader.
         evaluator: metrics, built or their configs; they are given what the model's `val_step` or
             `test_step` returns as it is.
         dtype: of autocast.
@@ -314,7 +314,7 @@ def _loader(runner: "VimRunner", dataloader: Any, *, is_training: bool) -> Any:
     """Return the loader that a config's keys name, or the loader that is given."""
     if not isinstance(dataloader, dict):
         return dataloader
-    return build_loader(
+    return loader_builder(dataloader)(
         dataloader,
         seed=runner.seed,
         rank=runner.rank,

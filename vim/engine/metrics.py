@@ -236,7 +236,7 @@ class EvaluationReport:
             ["loss", f"{figures['loss']:.4f}"],
             ["calibration error", f"{figures['ece']:.2f} %"],
         ]
-        parts = [_markdown(["evaluation", ""], rows)]
+        parts = [markdown(["evaluation", ""], rows)]
         classes = [result for result in self.per_class() if result.images > result.correct]
         classes.sort(key=lambda result: result.correct / result.images)
         if classes:
@@ -245,7 +245,7 @@ class EvaluationReport:
                 [c.name, str(c.images), f"{c.accuracy:.1f} %", f"{c.mistaken_for} ({c.mistakes})"]
                 for c in classes[:WORST]
             ]
-            parts.append(_markdown(header, rows))
+            parts.append(markdown(header, rows))
         return "\n".join(parts)
 
     def write(self, folder: Path) -> None:
@@ -286,7 +286,7 @@ def _text(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table whose columns are aligned as plain text too."""
     table = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *table]) for i in range(len(header))]

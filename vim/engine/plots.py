@@ -137,7 +137,7 @@ def curves_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     _line(loss, train, "loss", "training")
     for name in (name for name in names if "loss" in name):
         _line(loss, val, name, f"validation {name.replace('loss', '').strip('/_')}".strip())
-    for name in (name for name in names if "top1" in name or "top5" in name):
+    for name in (name for name in names if any(x in name for x in ("top1", "top5", "mIoU"))):
         _line(accuracy, val, name, name)
     _line(rate, train, "lr", "")
     _line(speed, train, "images_per_second", "")

@@ -1,5 +1,25 @@
 """Everything that training configs name: importing this registers it with mmengine."""
 
-from . import classifier, hooks, metrics, optimization, preprocessing, reporting, runner
+from . import (
+    classifier,
+    hooks,
+    metrics,
+    optimization,
+    preprocessing,
+    reporting,
+    runner,
+    segmentation,
+    segmentation_metrics,
+)
 
-__all__ = ["classifier", "hooks", "metrics", "optimization", "preprocessing", "reporting", "runner"]
+__all__ = [
+    "classifier",
+    "hooks",
+    "metrics",
+    "optimization",
+    "preprocessing",
+    "reporting",
+    "runner",
+    "segmentation",
+    "segmentation_metrics",
+]
