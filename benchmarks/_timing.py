@@ -5,8 +5,10 @@ it. So calls are captured in a graph, over as many sets of inputs as exceed the 
 replays of the graphs of all cases are timed in turn, so that a drift of the clock meets all alike.
 """
 
+import contextlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import time
@@ -78,11 +80,19 @@ def machine() -> dict[str, str]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "commit": commit or os.environ.get("VIM_COMMIT", "not in a git checkout"),
     }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def multiprocessor_clock() -> float:

@@ -12,7 +12,6 @@ the least and the median of the repeats, from Python, with all that a call costs
 import argparse
 import ctypes
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from _timing import machine
 
 from vim.ops.add_norm import _REFERENCE as NORM_REFERENCE
 from vim.ops.bidirectional_mixer import _REFERENCE as MIXER_REFERENCE
@@ -170,10 +170,9 @@ def main() -> None:
                         row["us_peak"] = ideal
                     rows.append(row)
     heading = {
-        "device": platform.processor() or platform.machine(),
+        **machine(),
         "isa": _library.ISAS[library.vim_cpu_isa()],
         "threads": arguments.threads,
-        "torch": torch.__version__,
         "fma_per_ns": rate,
     }
     lines = [
