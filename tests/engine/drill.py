@@ -213,7 +213,7 @@ def main() -> None:
             children.append(os.fork())
             if children[-1] == 0:
                 run(arguments, rank, processes, port)
-        sys.stdout.write(" ".join(map(str, children)) + "\n")
+        sys.stdout.write(f"pids {' '.join(map(str, children))}\n")
         sys.stdout.flush()
         failure = 0
         while children:
@@ -223,7 +223,7 @@ def main() -> None:
                 failure = os.waitstatus_to_exitcode(status)
                 for other in children:
                     os.kill(other, signal.SIGKILL)
-        sys.stdout.write(f"{failure}\n")
+        sys.stdout.write(f"code {failure}\n")
         sys.stdout.flush()
 
 

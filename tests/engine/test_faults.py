@@ -1,5 +1,6 @@
 """Faults, by doing them: runs are killed, signalled, starved of disk and fed NaN, then resumed."""
 
+import contextlib
 import json
 import os
 import random
@@ -32,12 +33,24 @@ class Run:
         self.server = server
         server.stdin.write(json.dumps({**arguments, "work_dir": str(self.folder)}) + "\n")
         server.stdin.flush()
-        self.pids = [int(pid) for pid in server.stdout.readline().split()]
+        self.pids = self._answer("pids")
         self.pid = self.pids[0]
+
+    def _answer(self, what: str) -> list[int]:
+        """The next line of the server, which says what it is: a number must not be mistaken."""
+        said, *numbers = self.server.stdout.readline().split() or ["nothing"]
+        assert said == what, f"the server should have answered {what}, not {said} {numbers}"
+        return [int(number) for number in numbers]
+
+    def send(self, number: int, rank: int = 0) -> None:
+        """Send a signal to a process of the run, unless it has ended."""
+        assert self.pids[rank] > 1, "0 and 1 are not processes of ours"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[rank], number)
 
     def wait(self) -> int:
         """Return its exit code, or minus the signal that killed it."""
-        return int(self.server.stdout.readline())
+        return self._answer("code")[0]
 
     def wait_for(self, text: str, name: str = "losses.0.jsonl") -> None:
         """Wait until a file of the run has `text`."""
@@ -127,10 +140,10 @@ def test_kill_9_at_any_moment(start, undisturbed, tmp_path, accumulation):
     code = -signal.SIGKILL
     while code == -signal.SIGKILL:
         before = done
-        run = start(**options, model={"seconds": 0.002})
+        run = start(**options, model={"seconds": 0.01})
         if kills < 8:
             time.sleep(draw.uniform(0.15, 0.5))
-            os.kill(run.pid, signal.SIGKILL)
+            run.send(signal.SIGKILL)
         code = run.wait()
         kills += code == -signal.SIGKILL
         path = run.folder / "losses.0.jsonl"
@@ -154,7 +167,7 @@ def test_signals_stop_cleanly(start, undisturbed, tmp_path, number, moment):
     run.wait_for(text)
     if moment == "validation":
         time.sleep(0.2)
-    os.kill(run.pid, number)
+    run.send(number)
     sent = time.monotonic()
     assert run.wait() == 0, run.log
     assert time.monotonic() - sent < 5
@@ -174,9 +187,9 @@ def test_signals_stop_cleanly(start, undisturbed, tmp_path, number, moment):
 def test_a_second_interrupt_stops_at_once(start, tmp_path):
     run = start(work_dir=tmp_path / "run", model={"seconds": 5.0})
     time.sleep(1)
-    os.kill(run.pid, signal.SIGINT)
+    run.send(signal.SIGINT)
     time.sleep(1.2)
-    os.kill(run.pid, signal.SIGINT)
+    run.send(signal.SIGINT)
     sent = time.monotonic()
     assert run.wait() != 0
     assert time.monotonic() - sent < 2
@@ -185,7 +198,7 @@ def test_a_second_interrupt_stops_at_once(start, tmp_path):
 def test_a_truncated_newest_checkpoint(start, undisturbed, tmp_path):
     run = start(work_dir=tmp_path / "run", model={"seconds": 0.01})
     run.wait_for('"iteration": 50,')
-    os.kill(run.pid, signal.SIGKILL)
+    run.send(signal.SIGKILL)
     run.wait()
     newest, before, *_ = checkpoints.iterations(run.folder).items()
     newest[1].write_bytes(newest[1].read_bytes()[:-1000])
@@ -245,14 +258,14 @@ def test_two_processes(start, tmp_path, parallel):
     slow = {**options, "model": {**model, "seconds": 0.02}}
     run = start(work_dir=tmp_path / "run", **slow)
     run.wait_for('"iteration": 11,')
-    os.kill(run.pids[1], signal.SIGTERM)
+    run.send(signal.SIGTERM, rank=1)
     assert run.wait() == 0, run.log
     assert "stopped by SIGTERM at iteration" in run.log
     stopped = max(checkpoints.iterations(run.folder))
     assert stopped % 2 == 0
     run = start(work_dir=run.folder, resume=True, **slow)
     run.wait_for(f'"iteration": {stopped + 12},')
-    os.kill(run.pids[1], signal.SIGKILL)
+    run.send(signal.SIGKILL, rank=1)
     assert run.wait() == -signal.SIGKILL
     run = start(work_dir=run.folder, resume=True, **options)
     assert run.wait() == 0, run.log
