@@ -1,8 +1,8 @@
 """The official pre-training schedule: hustvl/Vim, vim/main.py and vim/scripts/pt-vim-t.sh.
 
 AdamW, cosine over 300 epochs, 5 of them warm-up, no clipping. Officially float32 throughout
-(`--no_amp`); here bf16 autocast with float32 weights, residual stream and scans, which follows the
-same curve. `optim_wrapper.dtype=float32` is the official way.
+(`--no_amp`), which is `optim_wrapper.dtype=float32`; here bf16 autocast with float32 weights,
+residual stream and scans.
 """
 
 train_cfg = dict(type="VimTrainLoop", max_epochs=300, val_interval=1)
