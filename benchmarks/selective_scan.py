@@ -130,6 +130,7 @@ def main():
                 check(backend, states)
     rows = []
     for shape in SHAPES:
+        sys.stderr.write(f"timing {shape}\n")
         size = 12 * torch.Size(shape[:3]).numel()
         sets = sets_of_inputs(lambda shape=shape: make_inputs(*shape), size)
         calls = {name: [CALLS[name](*given) for given in sets] for name in arguments.backends}
@@ -140,7 +141,8 @@ def main():
                 row[f"{direction} {name}"] = ms
         row["forward / floor"] = row[f"forward {arguments.backends[0]}"] / row["floor"]
         rows.append(row)
-    sys.stdout.write(report(rows, arguments.json) + "\n")
+        table = report(rows, arguments.json)  # kept, whatever becomes of the rows to come
+    sys.stdout.write(table + "\n")
 
 
 if __name__ == "__main__":

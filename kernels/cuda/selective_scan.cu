@@ -67,7 +67,7 @@ struct Lane {
             for (int j = 0; j < CPT; ++j) {
 #pragma unroll
                 for (int k = 0; k < W; ++k) {
-                    const float a = fast_exp2(delta[j] * A2[j][i + k]);
+                    const float a = decay_of(delta[j], A2[j][i + k]);
                     h[j][i + k] = fmaf(a, h[j][i + k], du[j] * b[k]);
                     if constexpr (HAS_Y) out[j] = fmaf(h[j][i + k], c[k], out[j]);
                 }
@@ -189,13 +189,12 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int dt_stride = sign * static_cast<int>(p.dt_token);
     const int z_stride = sign * static_cast<int>(p.z_token);
     const int dy_stride = sign * static_cast<int>(p.dy_token);
-    const int y_stride = sign * static_cast<int>(p.channels);
+    const int y_stride = sign * static_cast<int>(p.y_token);
     const scalar_t *u = start_of(p.u, team * p.u_dir + batch * p.u_batch, p.u_token);
     const scalar_t *dt = start_of(p.dt, team * p.dt_dir + batch * p.dt_batch, p.dt_token);
     const scalar_t *z = start_of(p.z, batch * p.z_batch, p.z_token);
     const scalar_t *dy = start_of(p.dy, batch * p.dy_batch, p.dy_token);
-    scalar_t *y = const_cast<scalar_t *>(
-        start_of(p.y, batch * p.length * p.channels, p.channels));
+    scalar_t *y = const_cast<scalar_t *>(start_of(p.y, batch * p.y_batch, p.y_token));
     const long long B_offset = team * p.B_dir + batch * p.B_batch + group * p.B_group;
     const long long C_offset = team * p.C_dir + batch * p.C_batch + group * p.C_group;
     const long long BC_stride = matrices.is_C ? p.C_token : p.B_token;
@@ -542,7 +541,7 @@ __global__ void selective_scan_carry_kernel(const float *A, const float *initial
         const long long chunk = row >= first_reverse_row ? chunks - 1 - k : k;
         const long long at = (row * chunks + chunk) * per_item + dn;
         start[at] = h;
-        h = fmaf(fast_exp2(A2 * delta_sum[(row * chunks + chunk) * channels + d]), h, end[at]);
+        h = fmaf(decay_of(delta_sum[(row * chunks + chunk) * channels + d], A2), h, end[at]);
     }
     if (final_state != nullptr) final_state[i] = h;
 }

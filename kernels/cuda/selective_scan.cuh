@@ -25,7 +25,7 @@ struct ScanParams {
     long long vector_bc;      // B and C can be read four elements at a time
     long long vector_states;  // A and start too
     long long u_dir, u_batch, u_token, dt_dir, dt_batch, dt_token;
-    long long z_batch, z_token, dy_batch, dy_token;
+    long long z_batch, z_token, dy_batch, dy_token, y_batch, y_token;
     long long B_dir, B_batch, B_token, B_group, C_dir, C_batch, C_token, C_group;
     double scale;  // of the sum of both directions
 };

@@ -396,7 +396,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     const float du = e ? steps[j].w : steps[j].y;
 #pragma unroll
                     for (int i = 0; i < NS; ++i) {
-                        const float a = fast_exp2(delta * A2[j][i]);
+                        const float a = decay_of(delta, A2[j][i]);
                         if (t + e >= T - KEPT) kept[t + e - (T - KEPT)][j][i] = a;
                         h[t + e + 1][j][i] = fmaf(du, b[i], a * h[t + e][j][i]);
                     }
@@ -439,7 +439,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                         dBC[NS + i] = fmaf(g[j], h[t + 1][j][i], j == 0 ? 0.f : dBC[NS + i]);
                     }
                     const float a = t >= T - KEPT ? kept[t - (T - KEPT)][j][i]
-                                                  : fast_exp2(delta * A2[j][i]);
+                                                  : decay_of(delta, A2[j][i]);
                     dh[j][i] = before[j][i] * a;
                     const float product = dh[j][i] * h[t][j][i];
                     over_A[j] = fmaf(A2[j][i], product, over_A[j]);

@@ -49,9 +49,11 @@ def convolve_backward(dy, x, *weights, dx):
     return dx, torch.stack([dw, dw_reverse]), torch.stack([db, db_reverse])
 
 
-def scan_backward(dy, *inputs_and_scale):
+def scan_backward(dy, *inputs_and_scale, dz):
     *inputs, scale = inputs_and_scale
-    return gradients_of(lambda *x: scan(*x, scale), dy, *inputs)
+    gradients = gradients_of(lambda *x: scan(*x, scale), dy, *inputs)
+    dz.copy_(gradients[6])
+    return gradients
 
 
 class Weights(mixer._Weights):

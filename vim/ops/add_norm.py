@@ -207,7 +207,7 @@ def _(x, residual, weight, bias, eps, kind, residual_dtype, backend):
     )
 
 
-@torch.library.custom_op("vim::add_norm_bwd", mutates_args=())
+@operator("add_norm_bwd")
 def _add_norm_bwd(
     dnormed: Tensor | None,
     dnew_residual: Tensor | None,

@@ -178,7 +178,7 @@ def _(xz, forward_branch, backward_branch, merge_scale, save, backend):
     return y, [xz.new_empty(shape, dtype=dtype) for shape, dtype in specs]
 
 
-@torch.library.custom_op("vim::bidirectional_mixer_bwd", mutates_args=())
+@operator("bidirectional_mixer_bwd")
 def _bidirectional_mixer_bwd(
     dy: Tensor,
     xz: Tensor,

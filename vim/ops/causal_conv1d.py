@@ -229,7 +229,7 @@ def _(x, weight, bias, initial_state, activation, reverse, backend):
     return x.new_empty(x.shape), x.new_empty(state_shape)
 
 
-@torch.library.custom_op("vim::causal_conv1d_bwd", mutates_args=())
+@operator("causal_conv1d_bwd")
 def _causal_conv1d_bwd(
     dy: Tensor | None,
     dfinal_state: Tensor | None,

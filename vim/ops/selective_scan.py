@@ -393,7 +393,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_s
     )
 
 
-@torch.library.custom_op("vim::selective_scan_bwd", mutates_args=())
+@operator("selective_scan_bwd")
 def _selective_scan_bwd(
     dy: Tensor | None,
     dfinal_state: Tensor | None,

@@ -44,8 +44,8 @@ class _Weights:
             (max(1, channels * width // 1024), 2, 1),
             (256, 1, 1),
             0,
-            *(x.to(common).contiguous() for x in products),
-            *(x.float().contiguous() for x in scan),
+            *(_contiguous(x, common) for x in products),
+            *(_contiguous(x, torch.float32) for x in scan),
             *(self.x_proj, self.dt_proj, self.A, self.D, self.dt_bias),
             *(channels, self.states, self.rank, self.padded_rank),
         )
@@ -54,6 +54,10 @@ class _Weights:
         """Return u, dt, A, B, C, D of both scans; B and C are views of x_proj's result."""
         dt, B, C = projected.split([self.padded_rank, self.states, self.states], dim=-1)
         return u, _product(dt, self.dt_proj), self.A, B, C, self.D
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _padded(rank: int) -> int:
@@ -93,9 +97,11 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale):
     (projected,) = saved
     rank, padded = weights.rank, weights.padded_rank
     x, z = xz.chunk(2, dim=-1)
+    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    dx, dz = dxz.chunk(2, dim=-1)
     u = causal_conv1d.forward_bidirectional(x, *weights.conv)
-    du, ddt, dA, dB, dC, dD, dz, ddt_bias = selective_scan.backward_bidirectional(
-        dy, *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale
+    du, ddt, dA, dB, dC, dD, _, ddt_bias = selective_scan.backward_bidirectional(
+        dy.to(xz.dtype), *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale, dz=dz
     )
     ddt_rank = _product(ddt, weights.dt_proj.mT)
     dprojected = torch.cat([ddt_rank, dB.to(ddt.dtype), dC.to(ddt.dtype)], dim=-1).flatten(1, 2)
@@ -104,11 +110,7 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale):
     if padded != rank:
         ddt_proj = ddt_proj[..., :rank]
         dx_proj = torch.cat([dx_proj[:, :rank], dx_proj[:, padded:]], dim=1)
-    du = torch.baddbmm(du.flatten(1, 2), dprojected, weights.x_proj).view(u.shape)
-
-    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
-    dx, dxz_gate = dxz.chunk(2, dim=-1)
-    dxz_gate.copy_(dz)
+    du.flatten(1, 2).baddbmm_(dprojected, weights.x_proj)
     _, dconv, dconv_bias = causal_conv1d.backward_bidirectional(du, x, *weights.conv, dx=dx)
     dA_log = weights.A * dA  # A = -exp(A_log) is its own derivative
     return [dxz, dconv, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA_log, dD]

@@ -110,11 +110,14 @@ class _Scan:
         def activation(x):
             if x is None:
                 return None
-            x = x.to(self.dtype)
+            if x.dtype != self.dtype:
+                x = x.to(self.dtype)
             return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
         def parameter(x):
-            return None if x is None else x.float().contiguous()
+            if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+                return x
+            return x.float().contiguous()
 
         self.u, self.dt, self.z, self.dy = map(activation, (u, dt, z, dy))
         self.B, self.C = (activation(x if x.dim() == 5 else x.unsqueeze(3)) for x in (B, C))
@@ -137,7 +140,8 @@ class _Scan:
         return all(_is_vector(x, self.states) for x in (self.A, start))
 
     def run(self, variant, mode, y, *, chunk, start=None, end=None, sums=None, tile_states=None):
-        vector = self.vector_rows and self.vector_bc and self.vector_states(start)
+        rows = self.vector_rows and (y is None or _aligned((y,), 16 // self.dtype.itemsize))
+        vector = rows and self.vector_bc and self.vector_states(start)
         vector = vector and variant.states * variant.lanes == self.states
         name = _forward_kernel(variant, self.directions, mode, self.softplus, vector, self.dtype)
         chunks = -(-self.length // chunk)
@@ -149,19 +153,20 @@ class _Scan:
             (blocks, 1, 1),
             (threads, 1, 1),
             0,
-            *self.arguments(chunk, chunks, start, y, end, sums, tile_states),
+            *self.arguments(chunk, chunks, start, y, end, sums, tile_states, rows),
         )
 
-    def arguments(self, chunk, chunks, start, y, end, sums, tile_states):
+    def arguments(self, chunk, chunks, start, y, end, sums, tile_states, vector_rows):
         """ScanParams of selective_scan.cuh."""
         u, dt, z, dy, B, C = self.u, self.dt, self.z, self.dy, self.B, self.C
         strides = (*u.stride()[:3], *dt.stride()[:3])
         strides += (0, 0) if z is None else z.stride()[:2]
         strides += (0, 0) if dy is None else dy.stride()[:2]
+        strides += (0, 0) if y is None else y.stride()[:2]
         return (
             *(u, dt, z, dy, B, C, self.A, self.D, self.dt_bias, start, y, end, sums, tile_states),
             *(self.batch, self.length, self.channels, self.states, self.groups),
-            *(chunk, chunks, self.reverse, self.vector_rows, self.vector_bc),
+            *(chunk, chunks, self.reverse, vector_rows, self.vector_bc),
             self.vector_states(start),
             *(*strides, *B.stride()[:4], *C.stride()[:4]),
             float(self.scale),
@@ -281,12 +286,18 @@ def _backward_kernel(variant: BackwardVariant, softplus: bool, vector: bool, dty
 
 
 def _scan_backward(
-    scan: _Scan, initial_state=None, dend=None, variant=None, forward_variant=None, want_start=None
+    scan: _Scan,
+    initial_state=None,
+    dend=None,
+    variant=None,
+    forward_variant=None,
+    want_start=None,
+    dz=None,
 ):
     """Return du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, with a row a direction.
 
     Two passes: the forward recurrence again, which leaves the state before each tile and the
-    gradient of z; then the adjoint one.
+    gradient of z; then the adjoint one. `dz` is where to write that gradient, if not to new memory.
     """
     states = _rounded_states(scan.states)
     variant = variant or _backward_variant(states, scan.dtype)
@@ -297,7 +308,8 @@ def _scan_backward(
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=scan.device)
 
-    dz = None if scan.z is None else empty(batch, length, channels, dtype=scan.dtype)
+    if scan.z is not None and (dz is None or dz.dtype != scan.dtype):
+        dz = empty(batch, length, channels, dtype=scan.dtype)
     tile_states = empty(dirs, batch, tiles, channels * states)
     mode = STATES_ONLY if dz is None else STATES_AND_DZ
     scan.run(forward_variant, mode, dz, chunk=length, start=initial_state, tile_states=tile_states)
@@ -317,7 +329,7 @@ def _scan_backward(
         (blocks * scan.groups * batch * dirs, 1, 1),
         (variant.block_channels // variant.channels * variant.lanes, 1, 1),
         0,
-        *scan.arguments(length, 1, initial_state, dz, None, None, tile_states),
+        *scan.arguments(length, 1, initial_state, None, None, None, tile_states, vector),
         *(dend, dstart, du, ddt, dBC, dparameters),
     )
     dBC = dBC.sum(0) if blocks > 1 else dBC[0]
@@ -403,6 +415,7 @@ def backward_bidirectional(
     dt_bias: Tensor | None,
     scale: float = 0.5,
     dt_softplus: bool = True,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of `forward_bidirectional`'s eight tensors, in their shapes.
 
@@ -412,9 +425,10 @@ def backward_bidirectional(
     Args:
         dy: (B, L, D) gradient of the merged, gated output.
         u, dt, A, B, C, D, z, dt_bias, scale, dt_softplus: as in `forward_bidirectional`.
+        dz: (B, L, D) in the dtype of `u`, where to write that gradient.
     """
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dy)
-    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(scan)
+    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(scan, dz=dz)
     return (
         *(du, ddt, dA, dB.view(B.shape), dC.view(C.shape)),
         *(None if D is None else dD, dz, None if dt_bias is None else dbias),

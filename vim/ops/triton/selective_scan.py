@@ -45,8 +45,8 @@ def _softplus(x):
 @triton.jit
 def _exp2(x, EXACT: tl.constexpr):
     """2^x; right to half an ulp and without bias if EXACT."""
-    # The GPU's own instruction is 2e-8 too small on average. A state that decays slowly multiplies
-    # that up over the tokens it remembers, which shows where inputs are float32.
+    # The GPU's own instruction is 2e-8 too small on average, which a state that decays slowly
+    # multiplies up over the tokens it remembers.
     if EXACT:
         whole = tl.floor(x + 0.5)
         f = x - whole
@@ -54,7 +54,7 @@ def _exp2(x, EXACT: tl.constexpr):
         p = 0.0555032721 + f * (0.00961803596 + f * p)
         p = 1.0 + f * (0.693147207 + f * (0.240226511 + f * p))
         return p * tl.exp2(whole)
-    return tl.exp2(x)
+    return tl.exp2(x + 2.9e-8)
 
 
 @triton.jit
