@@ -12,6 +12,13 @@ using int64 = long long;
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
+// sm_120 holds fewer blocks, having less shared memory, and its code needs a few registers more.
+#if __CUDA_ARCH__ >= 1200
+constexpr int FEWER_BLOCKS = 1;
+#else
+constexpr int FEWER_BLOCKS = 0;
+#endif
+
 // ---- one value
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -119,13 +119,6 @@ __device__ __forceinline__ void wait_for_team(int team) {
     }
 }
 
-// sm_120 holds fewer blocks, having less shared memory, and its code needs a few registers more.
-#if __CUDA_ARCH__ >= 1200
-constexpr int FEWER_BLOCKS = 1;
-#else
-constexpr int FEWER_BLOCKS = 0;
-#endif
-
 // U tokens are scanned at a time. VECTOR: every access can be vectorised, and all N states exist.
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
           bool SOFTPLUS, bool VECTOR, int MIN_BLOCKS>

@@ -279,8 +279,9 @@ def test_more_than_two_to_the_31_elements():
     ("channels", "rank", "states"), [(384, 12, 16), (96, 24, 16), (7, 1, 3), (33, 8, 1)]
 )
 def test_weights_of_a_mixer(channels, rank, states, dtype, given):
-    """mixer_weights.cu leaves what the same operations of PyTorch would, exactly but for exp."""
+    """mixer_inputs.cu leaves what the same operations of PyTorch would, exactly but for exp."""
     from vim.ops.cuda import bidirectional_mixer as mixer
+    from vim.ops.cuda import causal_conv1d as conv
 
     def branch():
         sizes = ((channels, 4), (channels,), (rank + 2 * states, channels), (channels, rank))
@@ -289,7 +290,8 @@ def test_weights_of_a_mixer(channels, rank, states, dtype, given):
         return [*products, *scan, torch.randn(channels, device="cuda")]
 
     branches = branch(), branch()
-    weights = mixer._Weights(*branches, dtype)
+    x = torch.randn(2, 19, channels, device="cuda").to(dtype)
+    weights, u = mixer._inputs(x, *branches)
     padded = -(-rank // 8) * 8
     for i, (_, _, x_proj, dt_proj, dt_bias, A_log, D) in enumerate(branches):
         rows = [*range(rank), *range(padded, padded + 2 * states)]
@@ -300,6 +302,8 @@ def test_weights_of_a_mixer(channels, rank, states, dtype, given):
         torch.testing.assert_close(weights.A[i], -A_log.exp(), rtol=1e-6, atol=0)
         assert torch.equal(weights.D[i], D)
         assert torch.equal(weights.dt_bias[i], dt_bias)
+        alone, _ = conv.forward(x, *branches[i][:2], None, "silu", i == 1)
+        assert torch.equal(u[i], alone)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

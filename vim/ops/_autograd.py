@@ -86,7 +86,7 @@ def operator(name: str) -> Callable[[Callable], Operator]:
 
 
 def _undifferentiable(gradients: list[Tensor | None], name: str) -> list[Tensor | None]:
-    """Return `gradients` such that differentiating them raises, instead of taking them as constant."""
+    """Return `gradients` such that differentiating them raises: they are no constants."""
     message = f"{name} cannot be differentiated twice: its backward has no derivative"
     refuse = torch._C._functions.DelayedError(message.encode(), len(gradients))
     return list(refuse(*(g if g is None else g.detach().requires_grad_() for g in gradients)))

@@ -4,6 +4,8 @@ Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_r
 up to a multiple of eight, M = P + 2 N.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,18 @@ from ._compile import DTYPES, get_kernel, launch, unavailable
 
 __all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"]
 
+_VALUES_A_BLOCK = 512
+
 
 class _Weights:
-    """Both directions' tensors, stacked, as the products and the scan take them.
+    """Both directions' tensors, stacked, as the products and the scan take them; see `_inputs`.
 
     Attributes:
         conv: weight and bias of the forward convolution, then of the reverse one, as given.
         x_proj: (2, M, D) and dt_proj: (2, D, P) in the dtype of the products, zeros beyond R.
         A: (2, D, N) = -exp(A_log). D, dt_bias: (2, D). All float32.
+        given: the dtype in which the kernel reads x_proj and dt_proj.
+        arguments: `MixerWeights` of mixer_inputs.cu but for its last.
     """
 
     def __init__(self, forward_branch: list[Tensor], backward_branch: list[Tensor], dtype) -> None:
@@ -36,15 +42,11 @@ class _Weights:
         self.dt_bias = x_proj.new_empty(2, channels, dtype=torch.float32)
         pairs = list(zip(forward_branch[2:], backward_branch[2:], strict=True))
         products, scan = [*pairs[0], *pairs[1]], [*pairs[3], *pairs[4], *pairs[2]]
-        common = products[0].dtype
-        if common != dtype or any(x.dtype != common for x in products):
-            common = torch.float32
-        launch(
-            get_kernel("mixer_weights", _weights_kernel(dtype, common), x_proj.device.index),
-            (max(1, channels * width // 1024), 2, 1),
-            (256, 1, 1),
-            0,
-            *(_contiguous(x, common) for x in products),
+        self.given = products[0].dtype
+        if self.given != dtype or any(x.dtype != self.given for x in products):
+            self.given = torch.float32
+        self.arguments = (
+            *(_contiguous(x, self.given) for x in products),
             *(_contiguous(x, torch.float32) for x in scan),
             *(self.x_proj, self.dt_proj, self.A, self.D, self.dt_bias),
             *(channels, self.states, self.rank, self.padded_rank),
@@ -64,8 +66,32 @@ def _padded(rank: int) -> int:
     return -(-rank // 8) * 8
 
 
-def _weights_kernel(dtype: torch.dtype, given: torch.dtype) -> str:
-    return f"mixer_weights_kernel<{DTYPES[dtype]}, {DTYPES[given]}>"
+def _inputs(
+    x: Tensor, forward_branch: list[Tensor], backward_branch: list[Tensor]
+) -> tuple[_Weights, Tensor]:
+    """Return the weights, and both convolutions of x: (2, B, L, D)."""
+    weights = _Weights(forward_branch, backward_branch, x.dtype)
+    u = x.new_empty(2, *x.shape)
+    branches = [weights.conv[:2], weights.conv[2:]]
+    types, (columns, rows, _), arguments = causal_conv1d.forward_launch(x, branches, u)
+    values = 2 * weights.x_proj[0].numel() + 2 * weights.dt_proj[0].numel()
+    weight_rows = -(-values // (columns * _VALUES_A_BLOCK))
+    launch(
+        get_kernel("mixer_inputs", _inputs_kernel(*types, weights.given), x.device.index),
+        (columns, rows + weight_rows, 1),
+        causal_conv1d.BLOCK,
+        0,
+        *arguments,
+        *weights.arguments,
+        weight_rows,
+    )
+    return weights, u
+
+
+@functools.cache
+def _inputs_kernel(dtype, conv_dtype, width: int, vector: int, given) -> str:
+    types = ", ".join(DTYPES[t] for t in (dtype, conv_dtype, given))
+    return f"mixer_inputs_kernel<{types}, {width}, {vector}>"
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -81,9 +107,8 @@ def saved_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...],
 
 def forward(xz, forward_branch, backward_branch, merge_scale, save):
     """Return (y, saved); the signature of `MixerComposition.forward`."""
-    weights = _Weights(forward_branch, backward_branch, xz.dtype)
     x, z = xz.chunk(2, dim=-1)
-    u = causal_conv1d.forward_bidirectional(x, *weights.conv)
+    weights, u = _inputs(x, forward_branch, backward_branch)
     projected = _product(u, weights.x_proj)
     y = selective_scan.forward_bidirectional(
         *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale
@@ -93,13 +118,12 @@ def forward(xz, forward_branch, backward_branch, merge_scale, save):
 
 def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale):
     """Return the gradients in one list; the signature of `MixerComposition.backward`."""
-    weights = _Weights(forward_branch, backward_branch, xz.dtype)
     (projected,) = saved
-    rank, padded = weights.rank, weights.padded_rank
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
-    u = causal_conv1d.forward_bidirectional(x, *weights.conv)
+    weights, u = _inputs(x, forward_branch, backward_branch)
+    rank, padded = weights.rank, weights.padded_rank
     du, ddt, dA, dB, dC, dD, _, ddt_bias = selective_scan.backward_bidirectional(
         dy.to(xz.dtype), *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale, dz=dz
     )
@@ -118,6 +142,7 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale):
 
 def instantiations() -> list[tuple[str, str]]:
     """Return (source, kernel name) for CI to compile."""
-    kinds = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
-    kinds += [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]
-    return [("mixer_weights", _weights_kernel(*kind)) for kind in kinds]
+    half, full = torch.bfloat16, torch.float32
+    kinds = [(full, full, 4, 4, full), (half, full, 4, 4, full), (half, half, 4, 4, half)]
+    kinds += [(torch.float16, full, 4, 4, full), (half, full, 4, 1, half)]
+    return [("mixer_inputs", _inputs_kernel(*kind)) for kind in kinds]

@@ -24,6 +24,8 @@ _FORWARD, _REVERSE, _BOTH = 1, 2, 3
 _WIDEST = 16
 _FWD_VECTOR = 4  # channels a thread, where nothing forbids it
 _LANES, _ROWS = 16, 8
+BLOCK = (_LANES, _ROWS, 1)
+_MOST_ROWS = 60_000  # of blocks; a grid may have 65,535
 _FWD_STEPS, _BWD_STEPS = (24, 16, 8), (64, 32, 16, 8)
 _THREADS = 320  # a multiprocessor, at least
 _SUM_LANES = 32
@@ -111,38 +113,44 @@ def backward_bidirectional(
 
 
 def _forward(x, branches, activation, directions, y, initial_state, final_state):
+    types, grid, arguments = forward_launch(x, branches, y, initial_state, final_state)
+    silu, has_state = activation == "silu", initial_state is not None
+    name = _fwd_name(*types, directions, silu, has_state)
+    launch(get_kernel(_SOURCE, name, x.device.index), grid, BLOCK, 0, *arguments)
+
+
+def forward_launch(
+    x: Tensor,
+    branches: list[tuple[Tensor, Tensor | None]],
+    y: Tensor,
+    initial_state: Tensor | None = None,
+    final_state: Tensor | None = None,
+) -> tuple[tuple, tuple[int, int, int], tuple]:
+    """Return how to launch a kernel with the forward convolution in it.
+
+    Args:
+        branches: weight and bias of each direction.
+        y: where to write, (directions, B, L, D).
+
+    Returns:
+        The first template arguments (dtype, dtype of weights, K, channels a thread), the grid, of
+        which rows may be left out, and the arguments, `ConvForward`.
+    """
     batch, length, channels = x.shape
     x = _channels_last(x)
     (weight, bias), (weight_2, bias_2) = _same_weights(branches, x.dtype)
     width = weight.shape[1]
     vector = _vector(_FWD_VECTOR, width, channels, x)
-    silu, has_state = activation == "silu", initial_state is not None
-    name = _fwd_name(x.dtype, weight.dtype, width, vector, directions, silu, has_state)
-    kernel = get_kernel(_SOURCE, name, x.device.index)
+    _check_width(width)
     groups = channels // vector
     halo = (width - 1) * len(branches)
     tokens, segments = _segments(batch, length, groups, _FWD_STEPS, halo, x.device.index)
-    launch(
-        kernel,
-        (-(-groups // _LANES), min(-(-batch * segments // _ROWS), 65535), 1),
-        (_LANES, _ROWS, 1),
-        0,
-        x,
-        weight,
-        weight_2,
-        bias,
-        bias_2,
-        initial_state,
-        y,
-        final_state,
-        batch,
-        length,
-        channels,
-        x.stride(0),
-        x.stride(1),
-        tokens,
-        segments,
+    grid = (-(-groups // _LANES), min(-(-batch * segments // _ROWS), _MOST_ROWS), 1)
+    arguments = (
+        *(x, weight, weight_2, bias, bias_2, initial_state, y, final_state),
+        *(batch, length, channels, x.stride(0), x.stride(1), tokens, segments),
     )
+    return (x.dtype, weight.dtype, width, vector), grid, arguments
 
 
 def _backward(dys, x, branches, activation, directions, dx, accumulate, states):
@@ -167,7 +175,7 @@ def _backward(dys, x, branches, activation, directions, dx, accumulate, states):
     launch(
         kernel,
         blocks,
-        (_LANES, _ROWS, 1),
+        BLOCK,
         0,
         x,
         weight,
@@ -227,10 +235,14 @@ def _same_weights(branches, dtype):
     if common != dtype or any(t is not None and t.dtype != common for b in branches for t in b):
         common = torch.float32
     pairs = [
-        (weight.to(common).contiguous(), None if bias is None else bias.to(common).contiguous())
+        (_contiguous(weight, common), None if bias is None else _contiguous(bias, common))
         for weight, bias in branches
     ]
     return pairs[0], pairs[-1]
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _vector(most: int, width: int, channels: int, *tensors: Tensor) -> int:
