@@ -1,0 +1,83 @@
+"""Time training steps on one GPU and on several with DistributedDataParallel.
+
+torchrun --nproc-per-node 2 benchmarks/data_parallel.py [--json FILE]
+
+Every process first trains alone, then all train together, each on a batch of its own; bf16
+autocast and a fused AdamW step, images at random.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from _timing import report
+from torch.nn.parallel import DistributedDataParallel
+
+import vim  # noqa: F401, registers the models
+
+STEPS, WARM_UP = 20, 6
+
+
+def step_ms(model, images, labels) -> float:
+    """Return the median time of a step in ms."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    times = []
+    for i in range(STEPS + WARM_UP):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        end.record()
+        end.synchronize()
+        if i >= WARM_UP:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", default=["vim_tiny_patch16_224", "vim_small_patch16_224"]
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="of each process")
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    arguments = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    batch, world, rows = arguments.batch_size, dist.get_world_size(), []
+    for name in arguments.models:
+        model = timm.create_model(name).to(device).train()
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        labels = torch.randint(1000, (batch,), device=device)
+        alone = step_ms(model, images, labels)
+        dist.barrier()
+        together = step_ms(DistributedDataParallel(model), images, labels)
+        slowest = torch.tensor([alone, together], device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        alone, together = slowest.tolist()
+        rows.append(
+            {
+                "model": name,
+                "GPUs": world,
+                "images/s alone": 1e3 * batch / alone,
+                "images/s together": 1e3 * batch * world / together,
+                "ratio": world * alone / together,
+            }
+        )
+    if dist.get_rank() == 0:
+        sys.stdout.write(report(rows, arguments.json) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
