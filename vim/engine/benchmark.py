@@ -252,12 +252,15 @@ def _create(name: str, img_size: int) -> nn.Module:
 
 @functools.cache
 def _gflops(name: str, img_size: int) -> float:
-    return vim.flops(_create(name, img_size), img_size) / 1e9
+    with torch.device("meta"):
+        model = _create(name, img_size)
+    return vim.flops(model, img_size) / 1e9
 
 
 def _make_step(case: Case, device: torch.device) -> tuple[Callable[[], object], nn.Module]:
     """Return a function that does one step, and the model."""
-    model = _create(case.model.partition("@")[0], case.img_size).to(device)
+    with device:  # where large weights are drawn soonest
+        model = _create(case.model.partition("@")[0], case.img_size)
     dtype, mixed = DTYPES[case.dtype], case.dtype.startswith("autocast")
     if not mixed:
         model = model.to(dtype)
