@@ -26,6 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vim
 
+from .training_graph import TrainingGraph
+
 __all__ = [
     "ATTENTION",
     "DTYPES",
@@ -56,7 +58,8 @@ DTYPES = {
 """Dtypes of weights and images; with "autocast-", float32 weights under autocast."""
 
 EXECUTIONS = ("eager", "compile", "reduce-overhead", "cuda-graph")
-"""Eager, torch.compile, torch.compile(mode="reduce-overhead"), or one captured CUDA graph."""
+"""Eager, torch.compile, torch.compile(mode="reduce-overhead"), or captured CUDA graphs: one of an
+inference, or those of a training step's forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,8 @@ def _make_step(case: Case, device: torch.device) -> tuple[Callable[[], object], 
     images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device)
     images = images if mixed else images.to(dtype)
     run: Callable = model
+    if case.execution == "cuda-graph" and case.task == "training":
+        run = TrainingGraph(model)
     if case.execution in ("compile", "reduce-overhead"):
         mode = "default" if case.execution == "compile" else "reduce-overhead"
         run = torch.compile(model, fullgraph=True, mode=mode)
@@ -275,6 +280,8 @@ def _make_step(case: Case, device: torch.device) -> tuple[Callable[[], object], 
         with torch.autocast(device.type, dtype, enabled=mixed):
             return run(images)
 
+    if case.execution == "cuda-graph" and device.type != "cuda":
+        raise ValueError("cuda-graph needs a CUDA device")
     if case.task == "inference":
         model.eval()
         return torch.inference_mode()(forward), model
@@ -287,14 +294,10 @@ def _make_step(case: Case, device: torch.device) -> tuple[Callable[[], object], 
         F.cross_entropy(forward().float(), labels).backward()
         optimizer.step()
 
-    if case.execution == "cuda-graph":
-        raise ValueError("cuda-graph is for inference; training takes eager or compile")
     return train, model
 
 
 def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    if device.type != "cuda":
-        raise ValueError("cuda-graph needs a CUDA device")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
