@@ -8,11 +8,14 @@ that cannot be met.
 import argparse
 import itertools
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -54,51 +57,79 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 
 def plot(results: Sequence[Result]) -> Figure:
-    """Draw speed and memory against resolution, a line a model and batch size.
+    """Draw speed and memory against resolution: a column a batch size, a line a model.
 
-    A dotted line stands where the first model overtakes another for good.
+    Models whose names begin alike are a family, and have a style of line; colours go by the order
+    in a family. A star stands where a model of the first family overtakes for good the one that has
+    its place in another.
     """
-    with_memory = all(result.memory_gib is not None for result in results)
-    figure = Figure(figsize=(11 if with_memory else 6, 4.5), layout="constrained")
-    panels = {"images a second": "images_per_second"}
-    if with_memory:
-        panels["peak memory in GiB"] = "memory_gib"
-    lines: dict[tuple[str, int], list[Result]] = {}
-    for result in sorted(results, key=lambda result: result.case.img_size):
-        lines.setdefault((result.case.model, result.case.batch_size), []).append(result)
     sizes = sorted({result.case.img_size for result in results})
-    for axes, (title, quantity) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        axes.set(xlabel="pixels a side", ylabel=title, xscale="log", yscale="log")
-        axes.set_xticks(sizes, labels=map(str, sizes))
-        axes.xaxis.set_minor_locator(NullLocator())
-        for (model, batch), line in lines.items():
-            values = [getattr(result, quantity) for result in line]
-            where = [result.case.img_size for result in line]
-            (drawn,) = axes.plot(where, values, "o-", label=f"{model}, batch {batch}")
-            first = lines.get((results[0].case.model, batch), [])
-            crossing = _crossing(first, line) if first is not line else None
-            if quantity == "images_per_second" and crossing is not None:
-                axes.axvline(crossing, linestyle=":", color=drawn.get_color())
-                axes.annotate(
-                    f" {crossing:.0f} px", (crossing, 0.02), xycoords=("data", "axes fraction")
-                )
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    batches = sorted({result.case.batch_size for result in results})
+    families: dict[str, list[str]] = {}
+    for model in dict.fromkeys(result.case.model for result in results):
+        families.setdefault(model.partition("_")[0], []).append(model)
+    rows = {"images a second": "images_per_second"}
+    if all(result.memory_gib is not None for result in results):
+        rows["peak memory in GiB"] = "memory_gib"
+    figure = Figure(figsize=(1 + 4.5 * len(batches), 1 + 4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(batches), squeeze=False, sharex=True, sharey="row")
+    for (title, quantity), panels in zip(rows.items(), grid, strict=True):
+        panels[0].set_ylabel(title)
+        for batch, axes in zip(batches, panels, strict=True):
+            axes.set(xscale="log", yscale="log")
+            axes.set_xticks(sizes, labels=map(str, sizes))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.grid(alpha=0.3)
+            lines = _lines(result for result in results if result.case.batch_size == batch)
+            for family, style in zip(families.values(), itertools.cycle(("-", "--", ":", "-."))):
+                for place, model in enumerate(family):
+                    line = lines.get(model, [])
+                    axes.plot(
+                        [result.case.img_size for result in line],
+                        [getattr(result, quantity) for result in line],
+                        f"o{style}C{place}",
+                        label=model,
+                    )
+            if quantity == "images_per_second":
+                axes.set_title(f"batch {batch}")
+                for first, other in _rivals(families):
+                    _mark(axes, lines.get(first, []), lines.get(other, []))
+            else:
+                axes.set_xlabel("pixels a side")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(families))
     case = results[0].case
     figure.suptitle(f"{case.task}, {case.dtype}, {case.execution}")
     return figure
 
 
-def _crossing(first: Sequence[Result], other: Sequence[Result]) -> float | None:
-    """Return the resolution from which `first` is the faster, over those that both have."""
+def _lines(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return the results of each model by rising resolution."""
+    lines: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.case.img_size):
+        lines.setdefault(result.case.model, []).append(result)
+    return lines
+
+
+def _rivals(families: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Return each model of the first family with the one in its place in every other."""
+    first, *others = families.values()
+    return [pair for other in others for pair in zip(first, other)]  # noqa: B905, some are shorter
+
+
+def _mark(axes: Axes, first: Sequence[Result], other: Sequence[Result]) -> None:
+    """Mark the resolution from which `first` is the faster, over those that both have."""
     ours = {result.case.img_size: result.images_per_second for result in first}
     theirs = {result.case.img_size: result.images_per_second for result in other}
     sizes = sorted(ours.keys() & theirs.keys())
     if len(sizes) < 2:
-        return None
-    return crossover(sizes, [ours[s] for s in sizes], [theirs[s] for s in sizes])
+        return
+    crossing = crossover(sizes, [ours[s] for s in sizes], [theirs[s] for s in sizes])
+    if crossing is None:
+        return
+    speed = math.exp(np.interp(math.log(crossing), np.log(sizes), np.log([ours[s] for s in sizes])))
+    axes.plot(crossing, speed, "k*", markersize=12, zorder=3)
+    axes.annotate(f" {crossing:.0f} px", (crossing, speed), va="bottom")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,6 +60,6 @@ def test_the_plot_marks_where_the_first_model_overtakes(tool):
     points = {name: zip((100, 200), pair, strict=True) for name, pair in speeds.items()}
     results = [result(name, *point) for name in points for point in points[name]]
     figure = tool.plot(results)
-    speed, memory = figure.axes
+    speed, memory = figure.axes  # of one batch size
     assert [text.get_text() for text in speed.texts] == [" 141 px"]
     assert len(memory.lines) == 2
