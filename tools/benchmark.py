@@ -71,7 +71,7 @@ def plot(results: Sequence[Result]) -> Figure:
     rows = {"images a second": "images_per_second"}
     if all(result.memory_gib is not None for result in results):
         rows["peak memory in GiB"] = "memory_gib"
-    figure = Figure(figsize=(1 + 4.5 * len(batches), 1 + 4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1 + 4 * len(batches), 1 + 3.5 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(batches), squeeze=False, sharex=True, sharey="row")
     for (title, quantity), panels in zip(rows.items(), grid, strict=True):
         panels[0].set_ylabel(title)

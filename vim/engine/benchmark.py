@@ -190,16 +190,22 @@ class _Run:
         attention = self.case.model.partition("@")[2]
         return sdpa_kernel(ATTENTION[attention]) if attention else contextlib.nullcontext()
 
+    @property
+    def _graphed_training(self) -> bool:
+        return self.case.task == "training" and self.case.execution == "cuda-graph"
+
     def prepare(self) -> None:
         if self.skipped is None:
             with self._skipping():
                 on_gpu = self.device.type == "cuda"
+                if on_gpu and self._graphed_training:  # its memory is seen only as it is captured
+                    torch.cuda.reset_peak_memory_stats(self.device)
                 before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
                 self.step, self.model = _make_step(self.case, self.device)
                 self.parameters = sum(p.numel() for p in self.model.parameters())
                 for _ in range(3):
                     self.step()
-                if on_gpu:
+                if on_gpu and not self._graphed_training:
                     torch.cuda.synchronize(self.device)
                     torch.cuda.reset_peak_memory_stats(self.device)
                 self.step()

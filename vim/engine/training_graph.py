@@ -1,5 +1,6 @@
 """Forward and backward of a model as CUDA graphs: the host starts a step's kernels at once."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -36,8 +37,16 @@ class TrainingGraph:
 
     def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        # Weights must be cast in the graph, not once before it.
-        with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            # Gradients arise on the stream of the capture, and are added up on the current one.
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        with (
+            warnings.catch_warnings(),
+            # Weights must be cast in the graph, not once before it.
+            torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
+        ):
+            # Said of the thread of the backward, where nothing has used the device yet.
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
             torch.cuda.make_graphed_callables(self.module, (images.detach().clone(),))
         # It has put the replay in the place of the module's method, where copies would share it.
         replay = self.module.forward
