@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vim.layers import AddNorm, BidirectionalMamba, VimBlock
+from vim.layers import AddNorm, BidirectionalMamba, FeedForward, VimBlock
 
 DIM = 16
 
@@ -52,3 +52,26 @@ def test_nothing_is_dropped_outside_training(rate):
     block = make_block(drop_path=rate).eval()
     x, residual = torch.randn(2, 4, 3, DIM, dtype=torch.float64)
     assert torch.equal(block(x, residual)[1], x + residual)
+
+
+def test_a_feed_forward_reads_the_stream_behind_the_mixer():
+    ffn = FeedForward(AddNorm(DIM), nn.Linear(DIM, DIM))
+    block = VimBlock(AddNorm(DIM), BidirectionalMamba(DIM, d_state=4), ffn=ffn).double()
+    stream = torch.randn(2, 5, DIM, dtype=torch.float64)
+    x, residual = block(stream)
+    for layer in (block.mixer, block.ffn.layer):
+        expected = stream
+        normed = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5)
+        stream = stream + layer(normed)
+    torch.testing.assert_close(residual, expected)
+    torch.testing.assert_close(x + residual, stream)
+
+
+def test_drop_path_before_the_feed_forward_drops_what_the_mixer_computed():
+    ffn = FeedForward(AddNorm(DIM), _Zero(), drop_path=0.5)
+    block = VimBlock(AddNorm(DIM), nn.Identity(), ffn=ffn).double().train()
+    x = torch.ones(64, 3, DIM).double()
+    added = (block(x)[1] - x).flatten(1)
+    assert (added == added[:, :1]).all()
+    assert len(added[:, 0].unique()) == 2
+    assert (added == 0).any()

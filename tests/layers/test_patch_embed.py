@@ -1,10 +1,12 @@
-"""Patches, by cutting them out one by one; and what is refused."""
+"""Patches, by cutting them out one by one; the convolutional stem; and what is refused."""
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 
-from vim.layers import PatchEmbed
+from vim.layers import EMBED_LAYERS, ConvStem, PatchEmbed
 
 
 def make(**kwargs):
@@ -195,3 +197,81 @@ def test_bad_sizes_at_construction(options, message):
 def test_bad_images(options, x, error, message):
     with pytest.raises(error, match=message):
         make(**options)(x)
+
+
+class TestConvStem:
+    """Images (B, 2, H, W) to tokens of 8 features, 4 px apart unless said otherwise."""
+
+    @staticmethod
+    def make(**kwargs):
+        options = {"img_size": 16, "patch_size": 4, "in_chans": 2, "embed_dim": 8} | kwargs
+        return ConvStem(**options, dtype=torch.float64)
+
+    def test_is_the_convolutions_one_after_another(self):
+        stem, x = self.make().eval(), image(16, 16)
+        for layer in stem.stem:
+            torch.nn.init.uniform_(layer.bn.running_mean)
+            torch.nn.init.uniform_(layer.bn.running_var, 0.5, 2.0)
+        expected = x
+        for layer, width in zip(stem.stem, (4, 8), strict=True):
+            expected = F.conv2d(expected, layer.conv.weight, stride=2, padding=1)
+            assert expected.shape[1] == width
+            mean, variance = layer.bn.running_mean, layer.bn.running_var
+            expected = F.batch_norm(expected, mean, variance, layer.bn.weight, layer.bn.bias)
+            expected = expected.relu()
+        expected = F.conv2d(expected, stem.proj.weight, stem.proj.bias)
+        torch.testing.assert_close(stem(x), expected.flatten(2).transpose(1, 2))
+
+    @pytest.mark.parametrize(("patch", "convolutions"), [(2, 1), (8, 3), (16, 4)])
+    def test_tokens_stand_where_patches_would(self, patch, convolutions):
+        stem = self.make(img_size=(32, 48), patch_size=patch)
+        patches = make(img_size=(32, 48), patch_size=patch, embed_dim=8)
+        assert len(stem.stem) == convolutions
+        assert stem.grid_size == patches.grid_size
+        assert stem.feat_ratio() == patch
+        assert stem(image(32, 48)).shape == (3, stem.num_patches, 8)
+
+    def test_tokens_overlap(self):
+        stem, x = self.make().eval(), image(16, 16)
+        moved = x.clone()
+        moved[:, :, :4, 3] += 1  # the last column of the first patch
+        changed = (stem(moved) - stem(x)).abs().amax(dim=(0, 2)) > 0
+        assert changed[:2].all()
+
+    def test_other_sizes(self):
+        stem = self.make(strict_img_size=False, dynamic_img_pad=True).eval()
+        x = image(15, 18)
+        padded = F.pad(x, (0, 2, 0, 1))
+        torch.testing.assert_close(stem(x), stem(padded))
+        stem.set_input_size((8, 20))
+        assert (stem.img_size, stem.grid_size, stem.num_patches) == ((8, 20), (2, 5), 10)
+
+    def test_the_size_of_patches_stays(self):
+        stem = self.make()
+        stem.set_input_size(patch_size=4, patch_stride=4)
+        for name in ("patch_size", "patch_stride"):
+            with pytest.raises(ValueError, match=f"has {name} 4: it cannot change to 8"):
+                stem.set_input_size(**{name: 8})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"patch_size": 12}, "a power of two from 2 on, got 12"),
+            ({"patch_size": 1}, "a power of two from 2 on, got 1"),
+            ({"patch_size": (4, 8)}, r"a power of two from 2 on, got \(4, 8\)"),
+            ({"patch_stride": 2}, "patch_stride must be None or 4, got 2"),
+            ({"embed_dim": 5}, "embed_dim must be a multiple of 2, .* got 5"),
+            ({"img_size": 18}, "size of 18x18 exactly: resize to 16x16"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            self.make(**options)
+
+    def test_serves_timms_vit(self):
+        options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_classes": 5}
+        model = timm.create_model(
+            "deit_tiny_patch16_224", embed_layer=EMBED_LAYERS["conv"], num_heads=2, **options
+        )
+        assert isinstance(model.patch_embed, ConvStem)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)

@@ -293,6 +293,8 @@ def test_first_version_of_vim_is_refused(model):
 def test_registers_have_no_place_in_official_files():
     with pytest.raises(ValueError, match="no place for reg_token"):
         to_official(build(reg_tokens=2).state_dict())
+    with pytest.raises(ValueError, match=r"no place for patch_embed\.stem\.0\.conv\.weight, "):
+        to_official(build(embed_layer="conv").state_dict())
 
 
 def test_tool_converts_there_and_back(model, official_file, tmp_path):
@@ -305,6 +307,34 @@ def test_tool_converts_there_and_back(model, official_file, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert set(safetensors.torch.load_file(native)) == set(model.state_dict())
+
+
+def test_tool_exports_the_average_of_a_training_run(tmp_path):
+    """In half the size, and without what only training needs."""
+    main = load_tool("convert_checkpoint").main
+    model, average = build(seed=1, embed_layer="conv"), build(seed=2, embed_layer="conv")
+    states = {
+        key: {f"backbone.{name}": x for name, x in m.state_dict().items()}
+        for key, m in (("model", model), ("model_ema", average))
+    }
+    torch.save({**states, "iteration": 7, "optimizer": {"step": 1}}, tmp_path / "run.pth")
+    arguments = [str(tmp_path / "run.pth"), str(tmp_path / "out.safetensors"), "--use-ema"]
+    assert main([*arguments, "--dtype", "float16"]) == 0
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    expected = average.state_dict()
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        half = x.half() if x.is_floating_point() else x
+        assert found[name].dtype == half.dtype
+        assert torch.equal(found[name], half), name
+
+
+def test_tool_refuses_weights_that_a_dtype_cannot_hold(tmp_path, caplog):
+    main = load_tool("convert_checkpoint").main
+    torch.save({"head.weight": torch.tensor([1e6])}, tmp_path / "large.pth")
+    arguments = [str(tmp_path / "large.pth"), str(tmp_path / "out.safetensors")]
+    assert main([*arguments, "--dtype", "float16"]) == 1
+    assert "torch.float16 cannot hold the values of head.weight" in caplog.text
 
 
 def test_tool_reports_bad_files(tmp_path, caplog):

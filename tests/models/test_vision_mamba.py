@@ -37,6 +37,7 @@ VARIANTS = {
     "no_pos_embed": {"pos_embed": "none"},
     "no_embed_class": {"no_embed_class": True},
     "overlap": {"patch_stride": 4},
+    "conv_stem": {"embed_layer": "conv"},
     "oblong": {"img_size": (24, 40)},
     "gray": {"in_chans": 1},
     "four_channels": {"in_chans": 4},
@@ -63,6 +64,7 @@ every_way = pytest.mark.parametrize(
         "no_embed_class",
         "layer_norm",
         "norm_after_scan",
+        "conv_stem",
         "dynamic",
     ],
 )
@@ -71,6 +73,7 @@ PARAMETERS = {
     "vim_small_patch16_224": 25_796_584,
     "vim_base_patch16_224": 97_598_440,
     "vim_tiny_patch16_stride8_224": 7_250_344,
+    "vim_micro_patch8_128": 2_891_386,
 }
 # Weight decay is for these: matrices that multiply activations.
 DECAYED = ("proj.weight", "conv1d.weight", "head.weight")
@@ -172,7 +175,8 @@ def test_presets(name):
     model = timm.create_model(name, device="meta")
     config = model.default_cfg
     x = torch.empty(1, *config["input_size"], device="meta")
-    assert model(x).shape == (1, 1000)
+    micro = "micro" in name
+    assert model(x).shape == (1, 10 if micro else 1000)
     assert model.pretrained_cfg is config
     assert f"{config['classifier']}.weight" in model.state_dict()
     assert f"{config['first_conv']}.weight" in model.state_dict()
@@ -180,10 +184,10 @@ def test_presets(name):
     assert model(x).shape == (1, model.num_features)
     model.reset_classifier(0, "")
     assert model(x).shape == model.forward_features(x).shape
-    reduction = 8 if "stride8" in name else 16
+    reduction = 8 if "stride8" in name or micro else 16
     assert model.feature_info == [
         {"module": f"blocks.{i}", "num_chs": model.embed_dim, "reduction": reduction}
-        for i in range(24)
+        for i in range(9 if micro else 24)
     ]
     assert isinstance(model.get_submodule(model.feature_info[-1]["module"]), torch.nn.Module)
 
@@ -534,6 +538,15 @@ def test_set_input_size_changes_patches_too():
     assert model(images(model)).shape == (2, 10)
 
 
+def test_set_input_size_with_a_convolutional_stem():
+    model = make("conv_stem")
+    model.set_input_size((24, 40))
+    assert model.pos_embed.shape == (1, 1 + 3 * 5, 32)
+    assert model(images(model)).shape == (2, 10)
+    with pytest.raises(ValueError, match="has patch_size 8: it cannot change to 4"):
+        model.set_input_size(patch_size=4)
+
+
 def test_set_input_size_without_position_embedding():
     model = make("no_pos_embed")
     model.set_input_size((16, 48))
@@ -796,7 +809,8 @@ def test_state_dict_round_trip(variant):
     model, other = make(variant), make(variant)
     x = images(model)
     assert not torch.equal(other(x), model(x))
-    assert set(other.state_dict()) == {name for name, _ in model.named_parameters()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    assert set(other.state_dict()) == {name for name, _ in tensors}
     other.load_state_dict(model.state_dict())
     assert_same(other(x), model(x))
 
@@ -921,6 +935,7 @@ def test_construction_is_reproducible_and_init_weights_draws_anew():
         ({"reg_tokens": -1}, ValueError, "reg_tokens must not be negative, got -1"),
         ({"class_token": False}, ValueError, "global_pool='token' needs a class token: choose"),
         ({"cls_token_position": "none"}, ValueError, "needs a class token: .*global_pool='avg'"),
+        ({"embed_layer": "linear"}, ValueError, "must be one of patch, conv, got 'linear'"),
         ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
         ({"num_classes": -1}, ValueError, "num_classes must not be negative, got -1"),
         ({"img_size": 4}, ValueError, "image size 4x4 is smaller than a patch of 8x8: use larger"),

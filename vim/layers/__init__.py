@@ -1,19 +1,51 @@
 """Modules that the models are made of."""
 
 from .add_norm import Add, AddNorm
-from .block import VimBlock
+from .attention import Attention
+from .block import FeedForward, VimBlock
 from .causal_conv1d import CausalConv1d
+from .causal_mamba import Mamba
+from .components import FFNS, MIXERS, Component, build_ffns, build_mixers
+from .gated_conv import GatedConv
 from .mamba import BidirectionalMamba, MambaBranch
-from .patch_embed import PatchEmbed
+from .mamba2 import BidirectionalMamba2
+from .moe import MixtureOfExperts, load_balance_loss
+from .patch_embed import EMBED_LAYERS, ConvStem, PatchEmbed
+from .projectors import PROJECTORS, LDPProjector, MLPProjector, build_projector
+from .recurrent import GRU, LSTM, RNN
+from .s4d import S4D, S4DConvolution
 from .token_order import TokenOrder
 
 __all__ = [
+    "EMBED_LAYERS",
+    "FFNS",
+    "GRU",
+    "LSTM",
+    "MIXERS",
+    "PROJECTORS",
+    "RNN",
+    "S4D",
     "Add",
     "AddNorm",
+    "Attention",
     "BidirectionalMamba",
+    "BidirectionalMamba2",
     "CausalConv1d",
+    "Component",
+    "ConvStem",
+    "FeedForward",
+    "GatedConv",
+    "LDPProjector",
+    "MLPProjector",
+    "Mamba",
     "MambaBranch",
+    "MixtureOfExperts",
     "PatchEmbed",
+    "S4DConvolution",
     "TokenOrder",
     "VimBlock",
+    "build_ffns",
+    "build_mixers",
+    "build_projector",
+    "load_balance_loss",
 ]

@@ -1,6 +1,8 @@
 """Whole backbones, registered with timm when imported."""
 
+from . import sequence_models  # noqa: F401, registers its presets
 from ._checkpoint import (
+    backbone_weights,
     is_official,
     load_checkpoint,
     read_checkpoint,
@@ -11,11 +13,13 @@ from ._checkpoint import (
 from ._flops import flops
 from .pyramid import VisionMambaMaps, VisionMambaPyramid, pass_on_classification_weights
 from .vision_mamba import VisionMamba
+from .visual_tokens import visual_maps, visual_tokens
 
 __all__ = [
     "VisionMamba",
     "VisionMambaMaps",
     "VisionMambaPyramid",
+    "backbone_weights",
     "flops",
     "is_official",
     "load_checkpoint",
@@ -24,4 +28,6 @@ __all__ = [
     "save_checkpoint",
     "to_native",
     "to_official",
+    "visual_maps",
+    "visual_tokens",
 ]

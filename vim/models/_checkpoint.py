@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vim.layers import TokenOrder
 
 __all__ = [
+    "backbone_weights",
     "checkpoint_filter_fn",
     "is_official",
     "load_checkpoint",
@@ -139,6 +140,13 @@ def load_checkpoint(
     return model.load_state_dict(read_checkpoint(path, use_ema=use_ema), strict=strict)
 
 
+def backbone_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a training run's model by the names that its backbone gives them."""
+    if state_dict and all(name.startswith("backbone.") for name in state_dict):
+        return {name.removeprefix("backbone."): x for name, x in state_dict.items()}
+    return state_dict
+
+
 def is_official(state_dict: dict[str, Tensor]) -> bool:
     """Whether the names are those of the authors' code."""
     return any(_OFFICIAL_BLOCK.match(key) for key in state_dict)
@@ -202,7 +210,7 @@ def to_official(
             out[key.replace("norm", "norm_f")] = value
         else:
             out[key] = value
-    unknown = [k for k in out if k == "reg_token" or ".mixer.norm." in k]
+    unknown = [k for k in out if k == "reg_token" or ".mixer.norm." in k or ".stem." in k]
     if unknown:
         raise ValueError(f"the authors' layout has no place for {', '.join(unknown)}")
     if "cls_token" in out and out["cls_token"].shape[1] == 2:

@@ -19,7 +19,13 @@ from vim.layers import AddNorm
 from ._checkpoint import checkpoint_filter_fn, is_official, to_native
 from .vision_mamba import _BASE, _SMALL, _TINY, VisionMamba, _cfg
 
-__all__ = ["VisionMambaMaps", "VisionMambaPyramid", "pass_on_classification_weights"]
+__all__ = [
+    "STRIDES",
+    "VisionMambaMaps",
+    "VisionMambaPyramid",
+    "pass_on_classification_weights",
+    "rescaling",
+]
 
 STRIDES = (4, 8, 16, 32)
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
@@ -224,7 +230,7 @@ class VisionMambaPyramid(VisionMambaMaps):
         strides = [min(stride, output_stride or 32) for stride in STRIDES]
         self.strides = [strides[i] for i in levels]
         like = model.patch_embed.proj.weight
-        self.levels = nn.ModuleDict({str(i): _rescaling(dim, patch, strides[i]) for i in levels})
+        self.levels = nn.ModuleDict({str(i): rescaling(dim, patch, strides[i]) for i in levels})
         self.levels.to(device=like.device, dtype=like.dtype)
         self.feature_info = FeatureInfo(
             [
@@ -244,7 +250,7 @@ class VisionMambaPyramid(VisionMambaMaps):
         return features
 
 
-def _rescaling(dim: int, patch: int, stride: int) -> nn.Module:
+def rescaling(dim: int, patch: int, stride: int) -> nn.Module:
     """Maps of one stride to those of another: (B, D, H / patch, ...) -> (B, D, H / stride, ...)."""
     if stride > patch:
         return nn.MaxPool2d(stride // patch, ceil_mode=True)

@@ -7,6 +7,9 @@ Size letters: B batch, M patches, P prefix tokens, L = P + M tokens, D embed_dim
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,7 +32,17 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vim.layers import Add, AddNorm, BidirectionalMamba, PatchEmbed, TokenOrder, VimBlock
+from vim.layers import (
+    EMBED_LAYERS,
+    Add,
+    AddNorm,
+    Component,
+    FeedForward,
+    TokenOrder,
+    VimBlock,
+    build_ffns,
+    build_mixers,
+)
 
 from ._checkpoint import checkpoint_filter_fn, load_state_dict_pre_hook
 
@@ -48,13 +61,20 @@ class VisionMamba(nn.Module):
         img_size: side or (height, width) of the images.
         patch_size: side or (height, width) of a patch.
         patch_stride: distance of neighbouring patches; None is the patch size.
+        embed_layer: "patch" for one convolution, see `PatchEmbed`; "conv" for a convolutional stem,
+            see `ConvStem`.
         in_chans: channels of the images.
         num_classes: K; 0 gives the pooled features themselves.
         global_pool: "token" (the class token; the mean of two), "avg" or "max" over the patches,
             or "" for all tokens, unpooled.
         embed_dim: D.
         depth: number of blocks.
-        d_state, d_conv, expand, dt_rank, merge, norm_after_scan: see `BidirectionalMamba`.
+        mixer: what mixes the tokens of a block: a name of `vim.layers.MIXERS`, a dict of a name and
+            options (`{"name": "mamba2", "d_state": 128}`) or a function of dim, device and dtype;
+            or a list of such, one for each block.
+        ffn: the feed-forward behind it, of `vim.layers.FFNS`, in the same forms.
+        d_state, d_conv, expand, dt_rank, merge, norm_after_scan: of the mixer "bimamba"; see
+            `BidirectionalMamba`.
         norm_layer: "rms" or "layer".
         norm_eps: added to the mean square or the variance.
         class_token: False is the same as `cls_token_position="none"`.
@@ -81,11 +101,14 @@ class VisionMamba(nn.Module):
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         patch_stride: int | tuple[int, int] | None = None,
+        embed_layer: Literal["patch", "conv"] = "patch",
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: Literal["", "token", "avg", "max"] = "token",
         embed_dim: int = 192,
         depth: int = 24,
+        mixer: Component | Sequence[Component] = "bimamba",
+        ffn: Component | Sequence[Component] = "none",
         d_state: int = 16,
         d_conv: int = 4,
         expand: float = 2,
@@ -114,6 +137,9 @@ class VisionMamba(nn.Module):
         dd = {"device": device, "dtype": dtype}
         if pos_embed not in ("learned", "none"):
             raise ValueError(f"pos_embed must be 'learned' or 'none', got {pos_embed!r}")
+        if embed_layer not in EMBED_LAYERS:
+            allowed = ", ".join(EMBED_LAYERS)
+            raise ValueError(f"embed_layer must be one of {allowed}, got {embed_layer!r}")
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if num_classes < 0:
@@ -135,7 +161,7 @@ class VisionMamba(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(
+        self.patch_embed = EMBED_LAYERS[embed_layer](
             img_size,
             patch_size,
             patch_stride,
@@ -160,18 +186,28 @@ class VisionMamba(nn.Module):
         # A block drops what the block before it computed, so the rates stand one block later.
         step = drop_path_rate / max(depth - 1, 1)
         rates = [0.0, *(step * i for i in range(depth))]
+        bimamba = {
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "expand": expand,
+            "dt_rank": dt_rank,
+            "merge": merge,
+            "norm_after_scan": norm_after_scan,
+        }
+        mixers = build_mixers(mixer, depth, embed_dim, bimamba, **dd)
+        ffns = build_ffns(ffn, depth, embed_dim, **dd)
+        norm = partial(AddNorm, embed_dim, norm_eps, norm_layer, **dd)
         self.blocks = nn.ModuleList(
             VimBlock(
-                AddNorm(embed_dim, norm_eps, norm_layer, **dd),
-                BidirectionalMamba(
-                    embed_dim, d_state, d_conv, expand, dt_rank, merge, norm_after_scan, **dd
-                ),
+                norm(),
+                mixers[i],
                 rates[i],
+                None if ffns[i] is None else FeedForward(norm(), ffns[i], rates[i + 1]),
             )
             for i in range(depth)
         )
         self.drop_path = DropPath(rates[depth]) if rates[depth] > 0 else nn.Identity()
-        self.norm = AddNorm(embed_dim, norm_eps, norm_layer, **dd)
+        self.norm = norm()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(num_classes, dd)
 
@@ -221,14 +257,9 @@ class VisionMamba(nn.Module):
                 trunc_normal_(tokens, std=0.02)
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
+        additions = sum(isinstance(m, VimBlock | FeedForward) for m in self.modules())
         for block in self.blocks:
-            out_proj = block.mixer.out_proj
-            nn.init.kaiming_uniform_(out_proj.weight, a=math.sqrt(5))
-            with torch.no_grad():  # as many additions to the stream as blocks, each scaled down
-                out_proj.weight /= math.sqrt(len(self.blocks))
-            for linear in (block.mixer.in_proj, out_proj):
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
+            _init_block(block, additions)
         self._init_head()
 
     def _init_head(self) -> None:
@@ -244,7 +275,8 @@ class VisionMamba(nn.Module):
         same, because timm never saw the mark on the parameter.
         """
         exempt = {"pos_embed", "cls_token", "reg_token"}
-        return exempt | {n for n, _ in self.named_parameters() if n.endswith((".A_log", ".D"))}
+        ends = (".A_log", ".A_imag", ".D", ".dt_bias")
+        return exempt | {n for n, _ in self.named_parameters() if n.endswith(ends)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -477,6 +509,22 @@ class VisionMamba(nn.Module):
         return take
 
 
+@torch.no_grad()
+def _init_block(block: VimBlock, additions: int) -> None:
+    """Draw the projections of a block, of so many that add to the stream, each scaled down."""
+    # Components of a user's own may have projections by other names, and then keep their weights.
+    in_proj = getattr(block.mixer, "in_proj", None)
+    out_proj = getattr(block.mixer, "out_proj", None)
+    if out_proj is not None:
+        nn.init.kaiming_uniform_(out_proj.weight, a=math.sqrt(5))
+        out_proj.weight /= math.sqrt(additions)
+    for linear in (in_proj, out_proj):
+        if linear is not None and linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    if isinstance(block.ffn, FeedForward) and hasattr(block.ffn.layer, "fc2"):
+        block.ffn.layer.fc2.weight /= math.sqrt(additions)
+
+
 def _check_patches(x: Tensor, expected: int) -> None:
     """Raise where there are more or fewer patches than position embeddings."""
     if x.shape[1] != expected:
@@ -514,6 +562,18 @@ def _cfg(hf_hub_id: str = "", hf_hub_filename: str = "", **kwargs) -> dict:
 
 
 _TINY, _SMALL, _BASE = (f"hustvl/Vim-{size}-midclstok" for size in ("tiny", "small", "base"))
+_IMAGENETTE = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
 _AT_384 = {"input_size": (3, 384, 384), "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
@@ -526,6 +586,20 @@ default_cfgs = generate_default_cfgs(
         "vim_tiny_patch16_384.untrained": _cfg(**_AT_384),
         "vim_small_patch16_384.untrained": _cfg(**_AT_384),
         "vim_base_patch16_384.untrained": _cfg(**_AT_384),
+        "vim_micro_patch8_128.imagenette": _cfg(
+            file=str(
+                Path(__file__).parent / "weights" / "vim_micro_patch8_128.imagenette.safetensors"
+            ),
+            input_size=(3, 128, 128),
+            crop_pct=0.95,
+            num_classes=10,
+            first_conv="patch_embed.stem.0.conv",
+            label_names=tuple(_IMAGENETTE),
+            label_descriptions=_IMAGENETTE,
+            license="other",
+            description="Trained from scratch on Imagenette by this project; for research only, "
+            "see the card beside the weights",
+        ),
     }
 )
 
@@ -592,6 +666,25 @@ def vim_base_patch16_384(pretrained: bool = False, **kwargs) -> VisionMamba:
     """Vim-B at 384 px: 577 tokens."""
     preset = {"embed_dim": 768, "img_size": 384}
     return _create("vim_base_patch16_384", pretrained, preset, kwargs)
+
+
+@register_model
+def vim_micro_patch8_128(pretrained: bool = False, **kwargs) -> VisionMamba:
+    """Vim-micro: 2.9 M parameters, for small data sets; 256 tokens at 128 px.
+
+    A convolutional stem, and the mean of the patches instead of a class token.
+    """
+    preset = {
+        "img_size": 128,
+        "patch_size": 8,
+        "embed_layer": "conv",
+        "embed_dim": 192,
+        "depth": 9,
+        "dt_rank": 16,  # products of 16-bit matrices want rows of a multiple of 16 bytes
+        "class_token": False,
+        "global_pool": "avg",
+    }
+    return _create("vim_micro_patch8_128", pretrained, preset, kwargs)
 
 
 # The names that the authors' scripts use; timm maps each to ours and says so.

@@ -5,6 +5,7 @@ from .add_norm import add_norm, add_norm_reference
 from .bidirectional_mixer import bidirectional_mixer, bidirectional_mixer_reference
 from .causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_update
 from .selective_scan import selective_scan, selective_scan_reference, selective_state_update
+from .ssd import ssd, ssd_reference
 
 from . import _flops  # noqa: F401, isort: skip; the ops must be registered first
 
@@ -21,4 +22,6 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "selective_state_update",
+    "ssd",
+    "ssd_reference",
 ]

@@ -7,10 +7,10 @@ backward counts twice its forward, and not what a kernel chooses to compute agai
 Size letters: B batch, L tokens, D channels, N state, R dt_rank, K width of the convolution.
 """
 
-from math import prod
+from math import log2, prod
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__: list[str] = []
 
@@ -60,3 +60,23 @@ def _(xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.vim.bidirectional_mixer_bwd)
 def _(dy, xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
     return 2 * _mixer(xz, forward_branch)
+
+
+def _fft(shape, length: int) -> int:
+    """2.5 n log2(n) for a real transform of n numbers: half of a complex one of split radix 2."""
+    return round(2.5 * prod(shape) * log2(max(length, 2)))
+
+
+# Real FFTs are PyTorch's own ops, which its counter passes over.
+if torch.ops.aten._fft_r2c not in flop_registry:
+
+    @register_flop_formula(torch.ops.aten._fft_r2c)
+    def _(x, dim, *others, out_shape=None, **kwargs) -> int:
+        return _fft(x, prod(x[d] for d in dim))
+
+
+if torch.ops.aten._fft_c2r not in flop_registry:
+
+    @register_flop_formula(torch.ops.aten._fft_c2r)
+    def _(x, dim, *others, out_shape=None, **kwargs) -> int:
+        return _fft(out_shape, prod(out_shape[d] for d in dim))

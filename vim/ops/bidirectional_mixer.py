@@ -3,8 +3,6 @@
 Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, K d_conv.
 """
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,37 +110,36 @@ def _check(xz, forward_branch, backward_branch):
         raise TypeError(f"xz must be a real floating-point tensor, got {xz.dtype}")
     if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] == 0 or xz.shape[2] % 2:
         raise ValueError(f"xz must be (B, L, 2 D) with L at least 1, got {tuple(xz.shape)}")
-    channels = xz.shape[2] // 2
+    channels, device = xz.shape[2] // 2, xz.device
     for direction, branch in (("forward", forward_branch), ("backward", backward_branch)):
         if len(branch) != len(BRANCH):
             raise ValueError(
                 f"{direction}_branch must hold {', '.join(BRANCH)}, got {len(branch)} tensors"
             )
-        given = SimpleNamespace(**dict(zip(BRANCH, branch, strict=True)))
-        rank, state = given.dt_proj_weight.shape[-1], given.A_log.shape[-1]
-        expected = {
-            "conv_weight": (channels, given.conv_weight.shape[-1]),
-            "conv_bias": (channels,),
-            "x_proj_weight": (rank + 2 * state, channels),
-            "dt_proj_weight": (channels, rank),
-            "dt_bias": (channels,),
-            "A_log": (channels, state),
-            "D": (channels,),
-        }
-        for name, shape in expected.items():
-            tensor = getattr(given, name)
+        conv_weight, _, _, dt_proj_weight, _, A_log, _ = branch
+        rank, state = dt_proj_weight.shape[-1], A_log.shape[-1]
+        expected = (
+            (channels, conv_weight.shape[-1]),
+            (channels,),
+            (rank + 2 * state, channels),
+            (channels, rank),
+            (channels,),
+            (channels, state),
+            (channels,),
+        )
+        for name, tensor, shape in zip(BRANCH, branch, expected, strict=True):
             if not tensor.is_floating_point():
                 raise TypeError(
                     f"{name} of the {direction} branch must be a real floating-point tensor, "
                     f"got {tensor.dtype}"
                 )
-            if tuple(tensor.shape) != shape:
+            if tensor.shape != shape:
                 raise ValueError(
                     f"{name} of the {direction} branch must be {shape}, got {tuple(tensor.shape)}"
                 )
-            if tensor.device != xz.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"{name} of the {direction} branch must be on the device of xz, {xz.device}, "
+                    f"{name} of the {direction} branch must be on the device of xz, {device}, "
                     f"got {tensor.device}"
                 )
 

@@ -1,0 +1,138 @@
+"""The bidirectional Mamba-2 mixer: heads, and a state as large as products of matrices allow."""
+
+import math
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim.ops import ssd
+
+from .causal_conv1d import CausalConv1d
+from .float32_parameters import Float32Parameters
+
+__all__ = ["BidirectionalMamba2", "GatedRMSNorm"]
+
+
+@torch.jit.ignore
+def _ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
+    return ssd(x, dt, A, B, C, chunk_size=chunk_size)
+
+
+torch.fx.wrap("_ssd")  # symbolic tracing keeps the call, whose chunks depend on the length
+
+
+class GatedRMSNorm(nn.Module):
+    """Gate and normalise: (..., D), (..., D) -> (..., D), rms_norm(y * silu(z)) * weight.
+
+    Args:
+        dim: D.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y = y * F.silu(z)
+        return F.rms_norm(y, self.weight.shape, self.weight.to(y.dtype), self.eps)
+
+
+class BidirectionalMamba2(Float32Parameters):
+    """Mix tokens by state space duality in both directions: (B, L, dim) -> (B, L, dim).
+
+    One input projection gives x, the gate z and, for each direction, B, C and dt::
+
+        x, B, C = silu(conv1d([x, B, C]))
+        y       = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x
+
+    and ``out_proj(rms_norm((y_forward + y_backward) / 2 * silu(z)))``.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, section 7.1 and figure 6 (parallel projections, heads
+    that share B and C, norm before the output projection); the two directions as in Vim.
+
+    `A_log`, `D` and `dt_bias` stay float32 when the model is cast to a lower precision.
+
+    Args:
+        dim: features of the tokens.
+        d_state: N.
+        d_conv: K, width of the short convolution.
+        expand: d_inner = expand * dim.
+        head_dim: P, features of a head; it divides d_inner.
+        chunk_size: see `vim.ops.ssd`.
+        bias: whether the input and output projections have one.
+        dt_min, dt_max, dt_init_floor: the step sizes start log-uniform in [dt_min, dt_max], and
+            not under the floor.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: float = 2,
+        head_dim: int = 64,
+        chunk_size: int = 64,
+        bias: bool = False,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_init_floor: float = 1e-4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        d_inner = int(expand * dim)
+        if d_inner % head_dim:
+            raise ValueError(f"head_dim must divide expand * dim = {d_inner}, got {head_dim}")
+        dd = {"device": device, "dtype": dtype}
+        fp32 = {"device": device, "dtype": torch.float32}
+        heads = d_inner // head_dim
+        self.head_dim = head_dim
+        self.chunk_size = chunk_size
+        self.dt_range = (dt_min, dt_max, dt_init_floor)
+        self.in_sizes = [d_inner, d_inner, 2 * d_state, 2 * d_state, heads, heads]
+        self.conv_sizes = [d_inner, d_state, d_state]
+        self.in_proj = nn.Linear(dim, sum(self.in_sizes), bias=bias, **dd)
+        self.forward_conv1d = CausalConv1d(sum(self.conv_sizes), d_conv, **dd)
+        self.backward_conv1d = CausalConv1d(sum(self.conv_sizes), d_conv, reverse=True, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(2, heads, **fp32))
+        self.A_log = nn.Parameter(torch.empty(2, heads, **fp32))
+        self.D = nn.Parameter(torch.empty(2, heads, **fp32))
+        self.norm = GatedRMSNorm(d_inner, **dd)
+        self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        low, high, floor = self.dt_range
+        dt = torch.rand_like(self.dt_bias) * (math.log(high) - math.log(low)) + math.log(low)
+        dt = dt.exp().clamp(min=floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        nn.init.uniform_(self.A_log, 1, 16)
+        self.A_log.log_()
+        nn.init.ones_(self.D)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z, x, BC_f, BC_b, dt_f, dt_b = self.in_proj(tokens).split(self.in_sizes, dim=-1)
+        # Both directions are one batch, the second half of it flipped.
+        xBC_f = self.forward_conv1d(torch.cat([x, BC_f], dim=-1))
+        xBC_b = self.backward_conv1d(torch.cat([x, BC_b], dim=-1))
+        xBC = torch.stack([xBC_f, xBC_b.flip(1)])  # (2, B, L, d_inner + 2 N)
+        dt = torch.stack([dt_f, dt_b.flip(1)]).to(self.dt_bias.dtype)
+        dt = F.softplus(dt + self.dt_bias[:, None, None])
+        A = (-torch.exp(self.A_log)).unsqueeze(1).expand(-1, tokens.shape[0], -1)
+        x, B, C = xBC.flatten(0, 1).split(self.conv_sizes, dim=-1)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        y = _ssd(x, dt.flatten(0, 1), A.flatten(0, 1), B, C, self.chunk_size)
+        x, y = x.unflatten(0, (2, -1)), y.unflatten(0, (2, -1))  # (2, B, L, H, P)
+        y = y + self.D[:, None, None, :, None].to(y.dtype) * x
+        y_f, y_b = y.flatten(-2).unbind(0)
+        y = 0.5 * (y_f + y_b.flip(1))
+        return self.out_proj(self.norm(y, z))
