@@ -1,4 +1,4 @@
-"""Evaluate a classifier or a segmenter: accuracy in total, of each class, and what is confused.
+"""Evaluate a classifier, a segmenter or a detector: in total, of each class, and what is confused.
 
 It is that of a training config, with a checkpoint or the folder of its run; or any timm model, a
 classifier, on a folder of images. Writes metrics.json, per_class.csv, confusions, table.md, and a
@@ -22,6 +22,7 @@ from timm.data import ImageNetInfo
 from vim.engine import checkpoints
 from vim.engine.config import build_runner, load_config
 from vim.engine.data import build_loader
+from vim.engine.detection_metrics import DetectionMetric, DetectionReport
 from vim.engine.inference import (
     DTYPES,
     ParseKwargs,
@@ -33,11 +34,15 @@ from vim.engine.inference import (
     select_device,
 )
 from vim.engine.metrics import ClassificationMetric, EvaluationReport, evaluate
+from vim.engine.prediction import find_weights
 from vim.engine.preprocessing import Preprocessor
 from vim.engine.reporting import run_info
 from vim.engine.segmentation_metrics import SegmentationMetric, SegmentationReport
 
 logger = logging.getLogger("test")
+
+_DATA = ("name", "root", "split", "annotations")
+"""Keys of a data set's config that say which it is."""
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -70,24 +75,13 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, arguments
 
 
-def find_checkpoint(path: Path | None) -> Path | None:
-    """Return the file that is meant: of a run's folder its final weights, else its newest state."""
-    if path is None or path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"checkpoint {path} does not exist")
-    final = path / "weights.safetensors"
-    found = final if final.is_file() else checkpoints.latest(path)
-    if found is None:
-        raise ValueError(f"{path} has neither weights.safetensors nor a checkpoint iter_*.pth")
-    logger.info("weights: %s", found)
-    return found
-
-
 def of_config(
     args: argparse.Namespace, checkpoint: Path | None, folder: Path
-) -> EvaluationReport | SegmentationReport:
-    """Return the report on the config's test data, or, where it has none, its validation data."""
+) -> EvaluationReport | SegmentationReport | DetectionReport | None:
+    """Return the report on the config's test data, or, where it has none, its validation data.
+
+    Of a detector only the first process has it; elsewhere it is None.
+    """
     config = load_config(args.config, args.cfg_options, work_dir=folder)
     for key in ("dataloader", "evaluator"):
         config.setdefault(f"test_{key}", config.get(f"val_{key}"))
@@ -102,20 +96,25 @@ def of_config(
         logger.warning("the weights are those that training would start from: give --checkpoint")
     runner = build_runner(config)
     loader, metrics = runner.test_dataloader, runner.test_loop.evaluator.metrics
-    known = (ClassificationMetric, SegmentationMetric)
+    known = (ClassificationMetric, SegmentationMetric, DetectionMetric)
     metric = next((m for m in metrics if isinstance(m, known)), None)
     if metric is None:
         raise ValueError(
-            f"{args.config}: the evaluator must have a VimClassificationMetric or a "
-            "VimSegmentationMetric"
+            f"{args.config}: the evaluator must have a VimClassificationMetric, "
+            "VimSegmentationMetric or VimDetectionMetric"
         )
     metric.dataset_meta = {"classes": described(getattr(loader.dataset, "class_names", None))}
+    if isinstance(metric, DetectionMetric):
+        metric.dataset_meta["category_ids"] = [c["id"] for c in loader.dataset.categories]
+        metric.dataset_meta["faults"] = loader.dataset.faults
     runner.test()
+    if metric.report is None:
+        return None
     dataset = config.test_dataloader.dataset
     metric.report.facts = {
         "config": str(args.config),
         "model": config.model.backbone.name,
-        "data": " ".join(str(dataset[k]) for k in ("name", "root", "split") if dataset.get(k)),
+        "data": " ".join(str(dataset[k]) for k in _DATA if dataset.get(k)),
         "dtype": config.test_cfg.get("dtype", "float32"),
     }
     return metric.report
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, args = parse_args(argv)
     start = time.perf_counter()
     try:
-        checkpoint = find_checkpoint(args.checkpoint)
+        checkpoint = find_weights(args.checkpoint)
         default = checkpoint.parent / "test" if checkpoint else Path("runs", "test")
         folder = args.work_dir or default
         report = of_model(args, checkpoint) if args.model else of_config(args, checkpoint, folder)
@@ -189,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     device = select_device(args.device)
     weights = str(checkpoint) if checkpoint else "published" if args.pretrained else "none"
-    report.facts = {**report.facts, "weights": weights, "run": run_info(device)}
     if is_main_process():
+        report.facts = {**report.facts, "weights": weights, "run": run_info(device)}
         report.write(folder)
         sys.stdout.write(report.table())
         logger.info("%.1f s; the report is in %s", seconds, folder)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vim.engine.classifier import VimClassifier, build_backbone, build_loss
+from vim.layers import ConvStem
 from vim.models import save_checkpoint
 
 SMALL = {
@@ -19,6 +20,15 @@ SMALL = {
 
 def batch(classes=10):
     return torch.randn(2, 3, 32, 32), torch.randint(classes, (2,))
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize(("layer", "stem"), [("conv", True), ("patch", False)])
+def test_every_vit_takes_the_convolutional_stem(name, layer, stem):
+    options = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 3}
+    model = build_backbone({"name": name, "embed_layer": layer, **options})
+    assert isinstance(model.patch_embed, ConvStem) == stem
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
 def test_modes():

@@ -22,10 +22,11 @@ def test_every_config(path):
     batch = int(path.stem.split("xb")[1].split("_")[0].split("-")[0])
     assert config.train_dataloader.batch_size == batch, "the file's name states the batch"
     preprocessor = config.model.data_preprocessor
-    if config.model.type == "VimSegmenter":
+    if config.model.type != "VimClassifier":
+        task = {"VimSegmenter": "segmentation", "VimDetector": "detection"}[config.model.type]
         assert config.train_dataloader.mean == preprocessor.mean
         for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-            assert loader.task == "segmentation"
+            assert loader.task == task
             assert loader.dataset.num_classes == config.model.num_classes
         return
     assert preprocessor.num_classes == config.model.backbone.get("num_classes", 1000)

@@ -415,6 +415,20 @@ def test_broken_images_stop_an_evaluation(workers, own_folder):
         loader._iterator._shutdown_workers()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoded_images_are_read_once_and_change_nothing(workers, own_folder):
+    broken = own_folder / "bee" / "2.png"
+    broken.write_bytes(b"")
+    expected = batches(make_loader(own_folder, num_workers=workers))
+    loader = make_loader(own_folder, num_workers=workers, dataset={"cache": "decoded"})
+    for path in own_folder.rglob("*.png"):
+        if path != broken:
+            path.unlink()
+    assert_same(batches(loader), expected)
+    assert list(loader.corrupt) == [str(broken)]
+    assert loader.dataset.class_names == list(CLASSES)
+
+
 def test_missing_images_are_broken(own_folder):
     loader = make_loader(own_folder, is_training=False, dataset={"on_corrupt": "skip"})
     (own_folder / "cat" / "5.png").unlink()
@@ -661,6 +675,7 @@ def test_webdataset(workers, tmp_path):
     ("settings", "message"),
     [
         ({"dataset": {"on_corrupt": "error"}}, "can only skip unreadable images"),
+        ({"dataset": {"cache": "decoded"}}, "dataset.cache has no effect on name='wds/x'"),
         ({"repeats": 3}, "repeated augmentation needs images by index"),
         ({"world_size": 2, "is_training": False}, "cannot be evaluated exactly on several ranks"),
         ({"world_size": 2}, "initialise the process group"),
@@ -689,6 +704,7 @@ def test_streams_refuse(settings, message, monkeypatch):
         ({"name": "digits", "root": "x"}, r"dataset.root has no effect on name='digits'"),
         ({"name": "", "download": True}, r"dataset.download has no effect"),
         ({"name": "made-up", "split": "tset"}, r"has the splits train and validation, got 'tset'"),
+        ({"name": "made-up", "cache": "raw"}, r"cache must be None or 'decoded', got 'raw'"),
         ({"name": "made-up", "on_corrupt": "stop"}, r"must be 'skip' or 'error', got 'stop'"),
     ],
 )

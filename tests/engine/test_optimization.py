@@ -94,6 +94,20 @@ def test_bad_warmup():
         VimCosineLR(optimizer, total=5, warmup=5)
 
 
+def test_the_schedule_of_a_budget():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = VimCosineLR(optimizer, total=2, warmup=1, warmup_lr=0.0, by_epoch=False)
+    progress = 0.0
+    schedule.follow(lambda: progress)
+    found = []
+    for progress in (0.25, 0.5, 0.75, 1.0):  # noqa: B007, the lambda reads it
+        optimizer.step()
+        schedule.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([0.5, 0.5, 0.1464, 0.0], abs=1e-4)
+    assert "_progress" not in schedule.state_dict()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_step_in_each_dtype(dtype):
     layer = nn.Linear(4, 4)
@@ -104,7 +118,9 @@ def test_a_step_in_each_dtype(dtype):
     with optimizer.optim_context(layer):
         y = layer(torch.ones(2, 4))
     assert y.dtype == getattr(torch, dtype)
+    assert optimizer.grad_norm is None
     optimizer.update_params(y.float().square().mean())
+    assert optimizer.grad_norm > 0
     assert not torch.equal(layer.weight, before)
     assert layer.weight.dtype == torch.float32
     state = optimizer.state_dict()

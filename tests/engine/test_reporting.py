@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +19,13 @@ pytest.importorskip("torchmetrics")
 
 from mmengine.config import Config
 from mmengine.hooks import ParamSchedulerHook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-import vim.engine.metrics  # noqa: F401  registers
+import vim.engine.metrics
+import vim.engine.optimization  # noqa: F401  registers, as the line above
 from vim.engine import reporting
 from vim.engine.plots import curves_figure
 from vim.engine.reporting import (
@@ -52,7 +53,6 @@ class Stand:
         self.max_iters = self.max_epochs * self.epoch_length
         self.model = nn.Linear(1, 1)
         self.cfg = Config({"train_cfg": {"max_epochs": 3}})
-        self.message_hub = SimpleNamespace(log_scalars={})
         self.optim_wrapper = SimpleNamespace(get_lr=self.rates)
         self.logger = logging.getLogger("stand")
         self.val_dataloader = self.test_dataloader = range(4)
@@ -183,7 +183,7 @@ def test_sums_of_other_weights_are_not_ours(undisturbed, tmp_path):
 
 def test_optimizer_figures_and_what_is_not_finite(tmp_path):
     stand = Stand(tmp_path, [MetricsHook(1, tensorboard=False)])
-    stand.message_hub.log_scalars["train/grad_norm"] = HistoryBuffer([1.0, math.inf], [1, 1])
+    stand.optim_wrapper.grad_norm = torch.tensor(math.inf)
     scaler = SimpleNamespace(get_scale=lambda: 1024.0, is_enabled=lambda: True)
     stand.optim_wrapper.scaler = scaler
     stand.train(stop=1)
@@ -233,6 +233,30 @@ def test_meter(monkeypatch):
     assert meter.take() == (3, 0)
 
 
+@pytest.mark.gpu
+def test_the_wait_of_a_gpu():
+    meter = Meter(on_gpu=True)
+    x = torch.ones(4096, 4096, device="cuda")
+    for pause in (0.0, 0.2):
+        meter.start()
+        for _ in range(5):
+            meter.arrived()
+            for _ in range(20):
+                x = x @ x * 1e-4
+            meter.done(images=1)
+            torch.cuda.synchronize()
+            time.sleep(pause)
+        meter.take()
+        assert (meter.device_wait > 0.5) == bool(pause)
+
+
+def test_times_of_a_runner_that_tells_them(tmp_path):
+    stand = Stand(tmp_path, [MetricsHook(10, tensorboard=False)])
+    stand.seconds = 2.5
+    stand.train(stop=10)
+    assert [line["seconds"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.5, 2.5]
+
+
 def test_a_wrong_interval():
     with pytest.raises(ValueError, match="1 or more iterations, got 0"):
         MetricsHook(interval=0)
@@ -262,6 +286,14 @@ def test_curves(tmp_path):
     assert loss.lines[0].get_xdata().tolist() == [4, 8, 12, 16, 20]
     assert accuracy.lines[0].get_ydata().tolist() == [10, 20]
     assert len(rate.lines) == len(speed.lines) == 1
+
+
+@pytest.mark.parametrize(("seconds", "drawings"), [(0, 4), (60, 2)])
+def test_curves_are_not_drawn_after_every_validation(seconds, drawings, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(CurvesHook, "_draw", lambda self, runner: drawn.append(runner.iter))
+    Stand(tmp_path, [MetricsHook(4, tensorboard=False), CurvesHook(seconds)]).train()
+    assert (len(drawn), drawn[-1]) == (drawings, 30)
 
 
 def test_curves_of_little():
@@ -390,7 +422,12 @@ def test_all_hooks_in_mmengines_runner(tmp_path):
         experiment_name=tmp_path.name,
         train_dataloader=DataLoader(rows, batch_size=8),
         train_cfg={"by_epoch": True, "max_epochs": 4},
-        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}, "clip_grad": {"max_norm": 1.0}},
+        optim_wrapper={
+            "type": "VimOptimWrapper",
+            "optimizer": {"type": "SGD", "lr": 0.1},
+            "clip_grad": {"max_norm": 1.0},
+            "dtype": "float32",
+        },
         param_scheduler={"type": "LinearLR", "by_epoch": False, "end": 12},
         val_dataloader=DataLoader(rows, batch_size=5),
         val_cfg={},

@@ -1,5 +1,6 @@
 """The runner and its loops: set-up, places in the data, resuming and what it refuses."""
 
+import json
 import signal
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-import vim  # noqa: F401
+import vim.engine.optimization  # noqa: F401, registers VimCosineLR
 from vim.engine import checkpoints
 from vim.engine.checkpoints import CheckpointError
 from vim.engine.runner import VimRunner, VimTrainLoop
@@ -47,19 +48,24 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     assert same(runner.model_state(), trained(tmp_path / "none", epochs=2).model_state())
 
 
+def stop_after(runner, iterations: int, **options) -> None:
+    """Have SIGTERM stop the run after so many iterations."""
+
+    class Stopping(VimTrainLoop):
+        def should_stop(self):
+            if self.iter >= iterations:
+                self._signal = signal.SIGTERM
+            return super().should_stop()
+
+    runner._train_loop = Stopping(runner, runner._train_dataloader, **options)
+
+
 @pytest.mark.parametrize("length", [10, 20, 33])
 def test_training_in_parts(tmp_path, length):
     """A run that is stopped after some iterations goes on from there, in the same data."""
     whole = trained(tmp_path / "whole", epochs=2)
-
-    class Stopping(VimTrainLoop):
-        def should_stop(self):
-            if self.iter >= length:
-                self._signal = signal.SIGTERM
-            return super().should_stop()
-
     runner = runner_of(tmp_path / "parts", epochs=2)
-    runner._train_loop = Stopping(runner, runner._train_dataloader, max_epochs=2, val_interval=2)
+    stop_after(runner, length, max_epochs=2, val_interval=2)
     runner.train()
     assert runner.stopped_by == "SIGTERM"
     assert max(checkpoints.iterations(tmp_path / "parts")) == length
@@ -248,6 +254,64 @@ def test_lengths_are_checked(tmp_path, name):
     config.train_cfg[name] = 0
     with pytest.raises(ValueError, match=f"{name} must be a whole number, 1 or more, got 0"):
         VimRunner.from_cfg(config).train()
+
+
+def budgeted(work_dir, seconds, **options) -> VimRunner:
+    """A run of 1000 epochs of a fifth of a second, which has so many seconds."""
+    schedule = {"type": "VimCosineLR", "convert_to_iter_based": True, "total": 4, "min_lr": 1e-5}
+    loop = {"type": "VimTrainLoop", "max_epochs": 1000, "val_interval": 1000}
+    options = {"param_scheduler": schedule, "model": {"seconds": 0.01}} | options
+    return runner_of(work_dir, train_cfg={**loop, "max_seconds": seconds}, **options)
+
+
+def rates(work_dir) -> list[float]:
+    lines = map(json.loads, (work_dir / "losses.0.jsonl").read_text().splitlines())
+    return [float.fromhex(line["lr"]) for line in lines if "lr" in line]
+
+
+def test_a_budget_of_seconds(tmp_path):
+    runner = budgeted(tmp_path, 0.7)
+    runner.train()
+    loop = runner.train_loop
+    assert 0.7 <= loop.seconds < 10
+    assert loop.progress == 1
+    assert 20 <= loop.iter == loop.epoch * 20 < 1000
+    assert loop.validated_epoch == loop.epoch
+    found = rates(tmp_path)
+    assert found[0] == pytest.approx(0.01)
+    assert found == sorted(found, reverse=True)
+    assert runner.optim_wrapper.get_lr()["lr"][0] == pytest.approx(1e-5)
+
+
+def test_a_budget_goes_on_where_it_was_left(tmp_path):
+    first = budgeted(tmp_path, 1000)
+    stop_after(first, 20, max_epochs=1000, max_seconds=1000)
+    first.train()
+    seconds = checkpoints.load(tmp_path / "iter_00000020.pth")["seconds"]
+    assert 0.19 < seconds <= first.train_loop.seconds
+    second = budgeted(tmp_path, 2 * seconds, resume=True)
+    second.train()
+    assert second.train_loop.seconds >= 2 * seconds
+    found = rates(tmp_path)
+    assert found[19] > 0.0099
+    assert 0.001 < found[20] < 0.0051
+
+
+def test_whichever_ends_first(tmp_path):
+    """Epochs, where they are over before the seconds."""
+    runner = budgeted(tmp_path, 1000)
+    runner._train_loop["max_epochs"] = 2
+    runner.train()
+    assert runner.iter == 40
+    assert rates(tmp_path)[20] == pytest.approx((0.01 + 1e-5) / 2, rel=1e-3)
+
+
+def test_a_schedule_that_knows_no_seconds_is_refused(tmp_path):
+    schedule = {"type": "LinearLR", "by_epoch": False}
+    with pytest.raises(ValueError, match="schedules that follow progress: VimCosineLR, not Linear"):
+        budgeted(tmp_path, 1.0, param_scheduler=schedule).train()
+    with pytest.raises(ValueError, match="max_seconds must be more than 0, got 0"):
+        budgeted(tmp_path, 0).train()
 
 
 def test_unknown_choices_are_refused(tmp_path):

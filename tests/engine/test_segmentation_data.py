@@ -244,8 +244,9 @@ def test_more_bad_configs(folder, tmp_path):
 def test_the_task_of_a_loader():
     assert loader_builder({"task": "segmentation"}) is build_loader
     assert loader_builder({}).__module__ == "vim.engine.data"
-    with pytest.raises(ValueError, match="'classification' or 'segmentation', got 'detection'"):
-        loader_builder({"task": "detection"})
+    assert loader_builder({"task": "detection"}).__module__ == "vim.engine.detection_data"
+    with pytest.raises(ValueError, match="'segmentation' or 'detection', got 'depth'"):
+        loader_builder({"task": "depth"})
 
 
 @pytest.mark.skipif(not CAMVID.is_file(), reason=f"{CAMVID} is not there")

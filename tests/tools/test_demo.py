@@ -57,11 +57,15 @@ def test_writes_everything_and_fails_for_low_accuracy(small_demo, few, tmp_path,
     assert code == 1
     assert "is under the 95% required" in caplog.text
     out = capsys.readouterr().out
-    names = ("contact_sheet.png", "learning_curve.png", "feature_maps.png")
+    names = ("contact_sheet.png", "learning_curve.png", "photographs.png", "feature_maps.png")
     for name in names:
         assert str(tmp_path / name) in out
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 300
+
+    lines = (tmp_path / "photographs.jsonl").read_text("utf-8").splitlines()
+    assert [Path(json.loads(line)["file"]).name for line in lines] == ["astronaut.png", "cat.png"]
+    assert "astronaut.png: " in out
 
     held_out = few[1]
     files = sorted((tmp_path / "heldout").iterdir())
@@ -124,7 +128,7 @@ def test_complaint(demo, trained, from_files, said):
 
 def test_failing_classification_is_reported(small_demo, tmp_path):
     with pytest.raises(RuntimeError, match=r"tools/infer\.py failed with exit code 2"):
-        small_demo.classify_files(tmp_path)
+        small_demo.infer(tmp_path / "none", "vim_none", tmp_path / "a.jsonl", tmp_path / "a.png")
 
 
 def test_unusable_checkpoint_is_told_before_training(demo, tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_only_the_first_images_are_on_the_sheet(main, folder, caplog, monkeypatc
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["photos"], "required: --model"),
+        (["photos"], "one of these is required: --model NAME"),
         (["photos", "--model", "vim_tinny_patch16_224"], "did you mean vim_tiny_patch16_224"),
         (["photos", *MODEL, "--nonsense"], "unrecognized arguments: --nonsense"),
         (["photos", *MODEL, "widht=3"], "unexpected keyword argument 'widht'"),
@@ -170,3 +170,96 @@ def test_as_a_command(folder):
     assert warning.startswith("the weights are random")
     assert failure == "failed: photos/b.png: the file is empty"
     assert summary.startswith("3 images, 1 failed")
+
+
+CONFIGS = ROOT / "configs"
+DETECTOR = CONFIGS / "detection" / "vim-debug-mask-rcnn_1xb2_made-up.py"
+SEGMENTER = CONFIGS / "segmentation" / "vim-debug-upernet_1xb2_made-up.py"
+CLASSIFIER = CONFIGS / "vim" / "vim-debug_1xb4_made-up.py"
+
+
+@pytest.fixture
+def run():
+    """The folder of a run of a config, in the current folder."""
+    pytest.importorskip("mmengine")
+    for library in ("segmentation_models_pytorch", "faster_coco_eval", "cv2"):
+        pytest.importorskip(library)
+    from mmengine.registry import MODELS
+
+    from vim.engine.config import load_config
+
+    def make(path, **changes):
+        config = load_config(path, changes)
+        weights = MODELS.build(config.model).backbone.state_dict()
+        Path("run").mkdir()
+        Path("run/config.py").write_text(config.pretty_text)
+        save_checkpoint(weights, "run/weights.safetensors")
+        return "run"
+
+    return make
+
+
+def video(path, count=3):
+    from vim.engine.video import VideoWriter
+
+    with VideoWriter(path, 5) as writer:
+        for _ in range(count):
+            writer.add(Image.new("RGB", (64, 48), "blue"))
+
+
+RUN = ["photos", "--device", "cpu", "--checkpoint"]
+
+
+def test_segmenting(main, folder, run, capsys, caplog):
+    (folder / "photos" / "b.png").write_bytes(b"")
+    video(folder / "photos" / "d.mp4")
+    assert main([*RUN, run(SEGMENTER), "--fps", "5"]) == 1
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["photos/a.png", "photos/c.png", *(f"photos/d.mp4/00000{i}" for i in range(3))]
+    out = folder / "run" / "infer"
+    with Image.open(out / "masks" / "a.png") as mask:
+        assert mask.size == (40, 60)
+    assert (out / "masks" / "d.mp4" / "000001.png").is_file()
+    assert (out / "overlays" / "c.png").is_file()
+    assert (out / "overlays" / "d.mp4").is_file()
+    assert (out / "overlays.mp4").is_file()
+    assert "failed: photos/b.png: the file is empty" in caplog.text
+    assert "6 images, 1 failed" in caplog.text
+
+
+def test_detecting(main, folder, run, capsys):
+    (folder / "names.txt").write_text("ant\nbee\ncow\n")
+    options = ["--labels", "names.txt", "--work-dir", "out", "--dtype", "bfloat16"]
+    options += ["--cfg-options", "model.inference.score_threshold=0.0"]
+    assert main([*RUN, run(DETECTOR), "--config", str(DETECTOR), *options]) == 0
+    data = json.loads((folder / "out" / "predictions.json").read_text())
+    assert [each["file_name"] for each in data["images"]] == ["a.png", "b.png", "c.png"]
+    assert data["categories"][1] == {"id": 2, "name": "bee"}
+    assert data["annotations"]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_classifier_of_a_run(main, folder, run):
+    video(folder / "photos" / "d.mp4")
+    options = ["--output", "x.jsonl", "--save-plot", "sheet.png", "--batch-size", "2"]
+    assert main([*RUN, run(CLASSIFIER), *options]) == 0
+    lines = [json.loads(line) for line in (folder / "x.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines][3:] == [f"photos/d.mp4/00000{i}" for i in range(3)]
+    assert len({tuple(c["probability"] for c in line["classes"]) for line in lines[3:]}) == 1
+    assert (folder / "sheet.png").is_file()
+
+
+def test_bad_usage_of_a_run(main, folder, run, capsys):
+    run(SEGMENTER)
+    for argv, message in (
+        ([*RUN, "run", "--output", "x.csv"], "--output is for a classifier: see --work-dir"),
+        ([*RUN, "run", "--use-ema"], "--use-ema goes with --model"),
+        (["photos", *MODEL, "--config", "x.py"], "--config is of a training run"),
+        (["photos", *MODEL, "--fps", "5"], "--fps is for a segmenter or detector"),
+        ([*RUN, "run", "--fps", "0"], "--fps must be above 0"),
+        (["photos", "--config", str(SEGMENTER)], "needs weights: give --checkpoint"),
+        ([*RUN, "nowhere"], "nowhere"),
+        ([*RUN, "run", "--cfg-options", "model.x=1"], "no key 'model.x'"),
+        ([*RUN, "run", "--labels", "photos/a.txt"], "No such file"),
+    ):
+        assert message in usage_error(main, argv, capsys), argv

@@ -28,6 +28,7 @@ DATASET_KEYS = {
     "input_key",
     "target_key",
     "download",
+    "cache",
 }
 
 
@@ -198,6 +199,37 @@ class _DigitsSource:
         return f"digit {index}"
 
 
+class _DecodedSource:
+    """Another source's images, decoded once and kept in memory: H W 3 bytes each.
+
+    Workers that are forked share the memory; those that are spawned get a copy each. What cannot
+    be read is left to the source, which fails again when it is asked for.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.class_names = source.class_names
+        self.samples: list[tuple[np.ndarray, int] | None] = []
+        for index in range(len(source)):
+            try:
+                image, target = source.load(index)
+                self.samples.append((np.asarray(image), target))
+            except Exception:  # a broken file may lead a decoder to any exception
+                self.samples.append(None)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        sample = self.samples[index]
+        if sample is None:
+            return self.source.load(index)
+        return Image.fromarray(sample[0]), sample[1]
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
 def prefix_of(name: str) -> str:
     """The library in the name of a data set, such as "hfds"; "" where it has none."""
     return name.partition("/")[0].lower() if "/" in name else ""
@@ -220,6 +252,7 @@ def check_applicable(cfg: Mapping[str, Any]) -> None:
         "input_key": prefix in ("hfds", *ITERABLE),
         "target_key": prefix in ("hfds", *ITERABLE),
         "download": prefix in ("torch", "hfids", "tfds"),
+        "cache": prefix not in ITERABLE,
     }
     for key in applies.keys() & cfg.keys():
         if not applies[key]:
@@ -230,6 +263,14 @@ def check_applicable(cfg: Mapping[str, Any]) -> None:
 
 def build_source(cfg: Mapping[str, Any]) -> Source:
     """The images by index that a config names, checked by `check_applicable`."""
+    cache = cfg.get("cache")
+    if cache not in (None, "decoded"):
+        raise ValueError(f"dataset.cache must be None or 'decoded', got {cache!r}")
+    source = _read_source(cfg)
+    return source if cache is None else _DecodedSource(source)
+
+
+def _read_source(cfg: Mapping[str, Any]) -> Source:
     name, prefix = cfg["name"], prefix_of(cfg["name"])
     if name == "made-up":
         return _MadeUpSource(

@@ -1,18 +1,22 @@
 """The classifier that a training run trains: a backbone of timm, its loss, perhaps a teacher."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vim.models import read_checkpoint
+from vim.layers import ConvStem
+from vim.models import backbone_weights, read_checkpoint
+
+from .training_graph import TrainingGraph
 
 __all__ = ["Distillation", "VimClassifier", "build_backbone", "build_loss"]
 
@@ -103,12 +107,15 @@ class VimClassifier(BaseModel):
     """A timm model in training and evaluation.
 
     Args:
-        backbone: `name` of a timm model and its arguments; `checkpoint` to start from (the authors'
-            file or ours; position embeddings are resampled, a classifier for other classes is
-            left out, said in the log), `use_ema` for its averaged weights; `grad_checkpointing`.
+        backbone: `name` of a timm model and its arguments, of which `embed_layer` may be "conv"
+            for timm's own ViTs, too; `checkpoint` to start from (the authors' file or ours;
+            position embeddings are resampled, a classifier for other classes is left out, said in
+            the log), `use_ema` for its averaged weights; `grad_checkpointing`.
         loss: see `build_loss`; by default "cross-entropy". Where the preprocessor mixes images or
             smooths labels, targets are shares, which "soft-target" and "bce" take.
         distillation: arguments of `Distillation`, or None.
+        cuda_graph: whether a GPU replays the backbone's forward and backward in training, see
+            `TrainingGraph`; for one process, without `grad_checkpointing` and `torch.compile`.
         data_preprocessor: config of `VimPreprocessor`.
     """
 
@@ -117,6 +124,7 @@ class VimClassifier(BaseModel):
         backbone: Mapping[str, Any],
         loss: Mapping[str, Any] | None = None,
         distillation: Mapping[str, Any] | None = None,
+        cuda_graph: bool = False,
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         init_cfg: None = None,
     ) -> None:
@@ -124,6 +132,8 @@ class VimClassifier(BaseModel):
             data_preprocessor = dict(data_preprocessor)
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.backbone = build_backbone(backbone)
+        self.cuda_graph = cuda_graph
+        self._training_graph: TrainingGraph | None = None
         self.loss = build_loss(**(loss or {"kind": "cross-entropy"}))
         self.distillation = Distillation(**distillation) if distillation else None
 
@@ -138,7 +148,13 @@ class VimClassifier(BaseModel):
             mode: "tensor" for logits (B, classes); "loss" for a dict of scalars whose names start
                 with "loss"; "predict" for a dict of `logits` and `targets`.
         """
-        logits = self.backbone(images)
+        if self.cuda_graph and self._training_graph is None:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                raise ValueError("model.cuda_graph=True is for one process: leave it out")
+            # Made here and not before, since averaged copies of this model must not share it.
+            self._training_graph = TrainingGraph(self.backbone)
+        run = self._training_graph or self.backbone
+        logits = run(images)
         if mode == "tensor":
             return logits
         if mode == "predict":
@@ -155,15 +171,27 @@ class VimClassifier(BaseModel):
         }
 
 
-def build_backbone(config: Mapping[str, Any]) -> nn.Module:
-    """Return the timm model of a config's `model.backbone`; see `VimClassifier`."""
+def build_backbone(
+    config: Mapping[str, Any], wrap: Callable[[nn.Module], nn.Module] | None = None
+) -> nn.Module:
+    """Return the timm model of a config's `model.backbone`; see `VimClassifier`.
+
+    Args:
+        config: of the model.
+        wrap: what makes the backbone of the timm model; it takes its weights, too.
+    """
     options = dict(config)
     name = options.pop("name", None)
     if not name:
         raise ValueError("model.backbone needs the key 'name', a model of timm.list_models()")
     checkpoint, use_ema = options.pop("checkpoint", None), options.pop("use_ema", False)
     grad_checkpointing = options.pop("grad_checkpointing", False)
+    named = not name.startswith("vim_") and isinstance(options.get("embed_layer"), str)
+    if named and options.pop("embed_layer") == "conv":
+        options["embed_layer"] = ConvStem  # timm's ViTs take the class, and have the other one
     model = timm.create_model(name, **options)
+    if wrap is not None:
+        model = wrap(model)
     if checkpoint:
         _start_from(model, checkpoint, use_ema)
     if grad_checkpointing:
@@ -173,9 +201,7 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
 
 def _start_from(model: nn.Module, checkpoint: str, use_ema: bool) -> None:
     """Load weights; a classifier for other classes stays as it is."""
-    weights = read_checkpoint(checkpoint, use_ema=use_ema)
-    if weights and all(name.startswith("backbone.") for name in weights):  # of a training run
-        weights = {name.removeprefix("backbone."): x for name, x in weights.items()}
+    weights = backbone_weights(read_checkpoint(checkpoint, use_ema=use_ema))
     own = model.state_dict()
     classifier = tuple(
         f"{name}.{part}"

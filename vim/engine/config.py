@@ -158,7 +158,7 @@ def _arguments_at(path: tuple[str, ...], task: str | None) -> set[str]:
 
     from vim.models import VisionMamba, VisionMambaPyramid
 
-    from . import classifier, data, segmentation
+    from . import classifier, data, detection, segmentation
 
     def arguments(function) -> set[str]:
         return set(inspect.signature(function).parameters)
@@ -172,12 +172,16 @@ def _arguments_at(path: tuple[str, ...], task: str | None) -> set[str]:
     if path[-1] == "loss":
         return arguments(classifier.build_loss)
     if path[-1] == "inference":
-        return set(segmentation.INFERENCE_KEYS)
+        return segmentation.INFERENCE_KEYS | detection.INFERENCE_KEYS
     if path[-1] == "distillation":
         return arguments(classifier.Distillation)
     loading, augmentation = data, arguments(create_transform) | {"three_augment"}
     if task == "segmentation":
         from . import segmentation_data as loading  # its libraries are optional
+
+        augmentation = loading.AUGMENTATION
+    if task == "detection":
+        from . import detection_data as loading
 
         augmentation = loading.AUGMENTATION
     if path[-1] == "augmentation":

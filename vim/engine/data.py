@@ -379,6 +379,8 @@ def build_dataset(
             img_size: of "made-up" images, 64 unless given.
             input_key, target_key: the columns, for hfds, wds, hfids and tfds.
             download: for torch, hfids and tfds.
+            cache: "decoded" keeps the images decoded in memory, which takes H W 3 bytes each and
+                a pass over the data at the start; not of iterable sets.
         transform: from a PIL image in RGB to a uint8 tensor (3, H, W).
         is_training: chooses the defaults; iterable sets shuffle in training.
         seed, rank: of the run and this process.
@@ -491,8 +493,8 @@ def build_loader(
 def loader_builder(cfg: Mapping[str, Any]) -> Callable[..., Loader]:
     """The function that builds the loader of a config, by the key `task` of it.
 
-    "classification", or none: `build_loader`. "segmentation": `build_loader` of
-    `vim.engine.segmentation_data`, which needs the extra `dense`.
+    "classification", or none: `build_loader`. "segmentation" and "detection": `build_loader` of
+    `vim.engine.segmentation_data` and `detection_data`, which need the extra `dense`.
 
     Raises:
         ValueError: another task.
@@ -500,13 +502,13 @@ def loader_builder(cfg: Mapping[str, Any]) -> Callable[..., Loader]:
     task = cfg.get("task", "classification")
     if task == "classification":
         return build_loader
-    if task != "segmentation":
+    if task not in ("segmentation", "detection"):
         raise ValueError(
-            f"dataloader.task must be 'classification' or 'segmentation', got {task!r}"
+            f"dataloader.task must be 'classification', 'segmentation' or 'detection', got {task!r}"
         )
-    from . import segmentation_data  # its libraries are optional
+    from . import detection_data, segmentation_data  # their libraries are optional
 
-    return segmentation_data.build_loader
+    return (segmentation_data if task == "segmentation" else detection_data).build_loader
 
 
 def make_loader(

@@ -59,6 +59,8 @@ class VimEMAHook(Hook):
             return
         runner.ema = self
         self._model = runner.unwrapped_model
+        # Making the list takes as long as averaging; only a sharded model replaces its tensors.
+        self._kept = None if runner.sharded else self._list()
         self._average = ModelEmaV3(
             self._weights(),
             decay=self.decay,
@@ -67,6 +69,9 @@ class VimEMAHook(Hook):
         )
 
     def _weights(self) -> nn.ParameterList:
+        return self._list() if self._kept is None else self._kept
+
+    def _list(self) -> nn.ParameterList:
         """The tensors of the model's state dict, of a sharded one this process's parts; the list
         shares their memory."""
         return nn.ParameterList(

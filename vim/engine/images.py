@@ -4,7 +4,7 @@ import glob
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def printable(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def find_images(args: Iterable[str]) -> list[Path]:
+def find_images(args: Iterable[str], also: Collection[str] = ()) -> list[Path]:
     """Image files named by command-line arguments, sorted and without duplicates.
 
     A file is taken whatever its extension; a folder gives the image files below it, told by
@@ -54,20 +54,21 @@ def find_images(args: Iterable[str]) -> list[Path]:
 
     Args:
         args: files, folders, glob patterns or `-`.
+        also: extensions, in lower case, of further files that folders are searched for.
 
     Raises:
         ValueError: an argument names nothing, or nothing but folders without images.
     """
     found: dict[str, Path] = {}
     for arg in args:
-        for path in _find(arg):
+        for path in _find(arg, also):
             found.setdefault(os.path.abspath(path), path)
     if not found:
         raise ValueError("no images given: name files, folders, glob patterns, or - for a list")
     return sorted(found.values())
 
 
-def _find(arg: str) -> list[Path]:
+def _find(arg: str, also: Collection[str]) -> list[Path]:
     if arg == "-":
         lines = os.fsdecode(sys.stdin.buffer.read()).split("\n")
         return [Path(line.rstrip("\r")) for line in lines if line.strip()]
@@ -79,11 +80,11 @@ def _find(arg: str) -> list[Path]:
         )
     paths = []
     for match in matches:
-        paths += _images_below(match) if os.path.isdir(match) else [Path(match)]
+        paths += _images_below(match, also) if os.path.isdir(match) else [Path(match)]
     if not paths:
         raise ValueError(
             f"no image in {printable(arg)!r} or below, told by extension "
-            f"({' '.join(sorted(_extensions()))}); name the files if theirs differ"
+            f"({' '.join(sorted(_extensions().union(also)))}); name the files if theirs differ"
         )
     return paths
 
@@ -93,8 +94,8 @@ def _extensions() -> set[str]:
     return {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
 
 
-def _images_below(folder: str) -> list[Path]:
-    extensions = _extensions()
+def _images_below(folder: str, also: Collection[str]) -> list[Path]:
+    extensions = _extensions().union(also)
     paths = []
     for root, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -169,11 +170,15 @@ def _grey_to_rgb(values: np.ndarray) -> Image.Image:
 
 @dataclass
 class SheetEntry:
-    """One cell of a contact sheet: an image file and its likeliest classes, or what went wrong."""
+    """One cell of a contact sheet: an image file and its likeliest classes, or what went wrong.
+
+    `image` is what the cell shows where there is no such file, as of a video's frame.
+    """
 
     path: Path
     classes: Sequence[tuple[str, float]] = field(default_factory=list)
     error: str = ""
+    image: Image.Image | None = None
 
 
 # Contact sheet measures in pixels.
@@ -209,7 +214,8 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Image.Image:
 def _draw_card(sheet, draw, font, entry: SheetEntry, x: int, y: int) -> None:
     draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), PANEL)
     try:
-        thumbnail = ImageOps.contain(read_image(entry.path), (CELL, CELL))
+        image = read_image(entry.path) if entry.image is None else entry.image
+        thumbnail = ImageOps.contain(image, (CELL, CELL))
         offset = (CELL - thumbnail.width) // 2, (CELL - thumbnail.height) // 2
         sheet.paste(thumbnail, (x + offset[0], y + offset[1]))
     except ImageReadError:

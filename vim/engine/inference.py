@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from vim.models import VisionMamba, load_checkpoint
 
 from .images import ImageReadError, read_image
+from .video import is_video, read_video
 
 __all__ = [
     "Batch",
@@ -35,11 +37,13 @@ __all__ = [
     "build_model",
     "check_output",
     "chunk",
+    "chunks_of",
     "class_names",
     "classify",
     "positive_int",
     "progress",
     "read_batches",
+    "read_labels",
     "resolve_data_config",
     "select_device",
     "write_predictions",
@@ -81,10 +85,16 @@ def positive_int(text: str) -> int:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every tool running a model over images takes; see `Runner`."""
+def add_arguments(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
+    """Add the arguments that every tool running a model over images takes; see `Runner`.
+
+    Args:
+        parser: to add to.
+        needs_model: whether `--model` must be given.
+    """
     parser.add_argument("images", nargs="+", metavar="PATH", help="files, folders, globs, or -")
-    parser.add_argument("--model", required=True, help="timm name, hf-hub:REPO or local-dir:DIR")
+    about_model = "timm name, hf-hub:REPO or local-dir:DIR"
+    parser.add_argument("--model", required=needs_model, help=about_model)
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights")
     parser.add_argument("--checkpoint", type=Path, help="load these weights")
@@ -201,7 +211,7 @@ def class_names(model: nn.Module, labels: Path | None = None) -> list[str]:
     if not count:
         raise ValueError("the model has no classes (num_classes=0)")
     if labels is not None:
-        names = _read_labels(labels)
+        names = read_labels(labels)
         if len(names) != count:
             raise ValueError(f"{labels} must name {count} classes, got {len(names)}")
         return names
@@ -215,7 +225,8 @@ def class_names(model: nn.Module, labels: Path | None = None) -> list[str]:
     return [f"class {index}" for index in range(count)]
 
 
-def _read_labels(path: Path) -> list[str]:
+def read_labels(path: Path) -> list[str]:
+    """The names in a file: one a line, or JSON, a list or an object of index to name."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
@@ -234,7 +245,7 @@ class Batch:
     """Consecutive images as one tensor.
 
     Args:
-        paths: all files asked for, read or not.
+        paths: all files asked for, read or not; of a video the names of frames.
         images: (B, 3, H, W) those that could be read, in the order of `paths`; B may be 0.
         errors: the reason for each file that could not be read.
     """
@@ -249,18 +260,31 @@ def chunk(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
+def chunks_of(paths: Sequence[Path], size: int) -> list[Sequence[Path]]:
+    """What `read_batches` takes: consecutive images, `size` at most, and each video on its own."""
+    chunks = []
+    for video, group in groupby(paths, is_video):
+        chunks += chunk(list(group), 1 if video else size)
+    return chunks
+
+
 def read_batches(
-    chunks: Iterable[Sequence[Path]], transform: Callable, *, workers: int
+    chunks: Iterable[Sequence[Path]], transform: Callable, *, workers: int, frames: int = 32
 ) -> Iterator[Batch]:
     """One batch a chunk of paths, in order, read by threads a few batches ahead.
 
     What a batch holds depends on its chunk alone: a file that cannot be read leaves a gap in its
-    own batch and moves no other.
+    own batch and moves no other. A chunk of one video gives batches of `frames` of it.
     """
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
     try:
         for paths in chunks:
+            if len(paths) == 1 and is_video(paths[0]):
+                while pending:
+                    yield _collate(*pending.popleft())
+                yield from _video_batches(paths[0], transform, pool, frames)
+                continue
             pending.append((paths, [pool.submit(_load, path, transform) for path in paths]))
             if len(pending) > READ_AHEAD:
                 yield _collate(*pending.popleft())
@@ -268,6 +292,18 @@ def read_batches(
             yield _collate(*pending.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _video_batches(
+    path: Path, transform: Callable, pool: ThreadPoolExecutor, size: int
+) -> Iterator[Batch]:
+    frames = read_video(path)
+    try:
+        while group := list(islice(frames, size)):
+            futures = [pool.submit(transform, image) for _, image in group]
+            yield _collate([name for name, _ in group], futures)
+    except ImageReadError as error:
+        yield Batch([path], torch.empty(0), {path: error.reason})
 
 
 def _load(path: Path, transform: Callable) -> Tensor | ImageReadError:
@@ -288,7 +324,7 @@ def _collate(paths: Sequence[Path], futures: Sequence) -> Batch:
     return Batch(paths, torch.stack(images) if images else torch.empty(0), errors)
 
 
-def progress(items: Iterable[T], total: int, unit: str) -> Iterable[T]:
+def progress(items: Iterable[T], total: int | None, unit: str) -> Iterable[T]:
     """The items behind a progress bar on stderr; elsewhere than on a terminal only in long work."""
     seconds = 0.5 if sys.stderr.isatty() else 30
     return tqdm(items, total=total, unit=unit, delay=seconds, mininterval=seconds, leave=False)
@@ -318,12 +354,12 @@ class Runner:
         )
         self.data_config = resolve_data_config(model)
         self.model = model.to(self.device)
-        self.workers = args.workers
+        self.workers, self.batch_size = args.workers, args.batch_size
 
     def read(self, chunks: Sequence[Sequence[Path]]) -> Iterator[Batch]:
         """One batch on the device for each chunk of paths, behind a progress bar."""
         transform = create_transform(**self.data_config, is_training=False)
-        batches = read_batches(chunks, transform, workers=self.workers)
+        batches = read_batches(chunks, transform, workers=self.workers, frames=self.batch_size)
         for batch in progress(batches, len(chunks), "batch"):
             batch.images = batch.images.to(self.device)
             yield batch

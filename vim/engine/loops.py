@@ -42,6 +42,12 @@ class VimTrainLoop(BaseLoop):
         val_interval: epochs from one validation to the next; the last epoch has one, too.
         val_begin: the first epoch to validate after.
         checkpoint_interval: iterations from one checkpoint to the next; None means an epoch.
+        max_seconds: seconds to train, validations and checkpoints included: training ends with the
+            epoch in which they are over, if `max_epochs` have not passed before. The first
+            iteration does not count, since it compiles kernels and waits for workers to start.
+            Schedules follow the share of the seconds or of the epochs that has passed, whichever
+            is larger, so that runs of different speed can be compared at equal cost. Such a run
+            depends on the clock: the same seed does not give the same curve.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class VimTrainLoop(BaseLoop):
         val_interval: int = 1,
         val_begin: int = 1,
         checkpoint_interval: int | None = None,
+        max_seconds: float | None = None,
     ) -> None:
         super().__init__(runner, _loader(runner, dataloader, is_training=True))
         preprocessor = getattr(runner.unwrapped_model, "data_preprocessor", None)
@@ -68,7 +75,13 @@ class VimTrainLoop(BaseLoop):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}")
+        if max_seconds is not None and not max_seconds > 0:
+            raise ValueError(f"max_seconds must be more than 0, got {max_seconds!r}")
+        self.max_seconds = max_seconds
         self.max_iters = max_epochs * self.epoch_length
+        self._before = 0.0  # seconds of earlier parts of the run
+        self._start: float | None = None
+        self.progress = 0.0
         self.epoch = 0
         self.iter = 0
         self.validated_epoch = 0
@@ -86,8 +99,28 @@ class VimTrainLoop(BaseLoop):
         """Iterations to an update of the weights."""
         return getattr(self.runner.optim_wrapper, "_accumulative_counts", 1)
 
-    def start_at(self, iteration: int, validated_epoch: int) -> None:
-        """Go on after `iteration` iterations, the last validation having followed an epoch."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first iteration, those before a resumption included."""
+        return self._before + (0.0 if self._start is None else time.perf_counter() - self._start)
+
+    def _advance(self, iterations: int) -> None:
+        """Set `progress`, from 0 to 1 and the same on all processes, as of so many iterations."""
+        self.progress = iterations / self.max_iters
+        if self.max_seconds is not None:
+            share = self.runner.highest(int(1e6 * self.seconds / self.max_seconds)) / 1e6
+            self.progress = min(max(self.progress, share), 1.0)
+
+    @property
+    def _over(self) -> bool:
+        return self.epoch >= self.max_epochs or (
+            self.max_seconds is not None and self.progress >= 1
+        )
+
+    def start_at(self, iteration: int, validated_epoch: int, seconds: float = 0.0) -> None:
+        """Go on after `iteration` iterations and `seconds`, the last validation having followed an
+        epoch."""
+        self._before = seconds
         self.iter = iteration
         self.epoch = iteration // self.epoch_length
         self.validated_epoch = validated_epoch
@@ -97,10 +130,13 @@ class VimTrainLoop(BaseLoop):
         if self.accumulation > 1:
             # Updates are rarer than a schedule's steps, of which mmengine would warn.
             self.runner.optim_wrapper._global_step = 0
+        self._advance(self.iter)
+        if self.max_seconds is not None:
+            self._lead_schedules()
         with self._signals_caught():
             self.runner.call_hook("before_train")
             self._validate_if_due()  # stopped between an epoch's end and its validation's
-            while self.epoch < self.max_epochs and not self.stop_training and not self.stopped_by:
+            while not self._over and not self.stop_training and not self.stopped_by:
                 self._run_epoch()
                 if not self.stopped_by:
                     self._validate_if_due()
@@ -112,6 +148,15 @@ class VimTrainLoop(BaseLoop):
                 )
             self.runner.call_hook("after_train")
         return self.runner.model
+
+    def _lead_schedules(self) -> None:
+        for schedule in self.runner.param_schedulers or []:
+            if not hasattr(schedule, "follow"):
+                raise ValueError(
+                    f"train_cfg.max_seconds needs schedules that follow progress: VimCosineLR, not "
+                    f"{type(schedule).__name__}"
+                )
+            schedule.follow(lambda: self.progress)
 
     def should_stop(self) -> bool:
         """Whether a signal has reached any process; all of them must ask.
@@ -164,6 +209,9 @@ class VimTrainLoop(BaseLoop):
         if runner.sharded:
             runner.model.set_requires_gradient_sync(runner.optim_wrapper.should_sync())
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
+        if self._start is None:
+            self._start = time.perf_counter()
+        self._advance(self.iter + 1)  # schedules are hooks
         runner.call_hook(
             "after_train_iter", batch_idx=batch_idx, data_batch=data_batch, outputs=outputs
         )
@@ -174,7 +222,7 @@ class VimTrainLoop(BaseLoop):
             self.runner.val_loop is not None
             and self.iter == self.epoch * self.epoch_length
             and self.epoch >= self.val_begin
-            and (self.epoch % self.val_interval == 0 or self.epoch == self.max_epochs)
+            and (self.epoch % self.val_interval == 0 or self._over)
             and self.validated_epoch < self.epoch
         )
         if due:

@@ -1,7 +1,8 @@
 """Optimizer, mixed precision and learning-rate schedule of a training run."""
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ class VimOptimWrapper(OptimWrapper):
         init_scale: the first scale of float16's loss.
         accumulative_counts: batches whose gradients make one step.
         clip_grad: arguments of `torch.nn.utils.clip_grad_norm_`, such as max_norm.
+
+    Attributes:
+        grad_norm: of the last clipping, a tensor of the device; None before.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class VimOptimWrapper(OptimWrapper):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype = DTYPES[dtype]
+        self.grad_norm: Tensor | None = None
         self.device_type = device_type or optimizer.param_groups[0]["params"][0].device.type
         self.scaler = torch.amp.GradScaler(
             self.device_type, init_scale=init_scale, enabled=dtype == "float16"
@@ -60,6 +65,13 @@ class VimOptimWrapper(OptimWrapper):
             self._clip_grad()
         self.scaler.step(self.optimizer, **kwargs)
         self.scaler.update()
+
+    def _clip_grad(self) -> None:
+        """Clip, and keep the norm; mmengine's would wait for the device to log it."""
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        if parameters:
+            self.grad_norm = self.clip_func(parameters, **self.clip_grad_kwargs)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -124,7 +136,9 @@ class VimCosineLR(_ParamScheduler):
         warmup_lr + t (lr - warmup_lr) / warmup                 (t < warmup)
         min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2          (else)
 
-    In groups whose rate layer decay scales, `warmup_lr` and `min_lr` are scaled alike.
+    In groups whose rate layer decay scales, `warmup_lr` and `min_lr` are scaled alike. Where a
+    training has a budget of seconds (`train_cfg.max_seconds`), t is the share of it that has
+    passed, times T.
 
     Args:
         optimizer: whose groups are scheduled.
@@ -151,6 +165,7 @@ class VimCosineLR(_ParamScheduler):
         if not 0 <= warmup < total:
             raise ValueError(f"warmup must be from 0 to below total = {total}, got {warmup}")
         self.total, self.warmup, self.warmup_lr, self.min_lr = total, warmup, warmup_lr, min_lr
+        self._progress: Callable[[], float] | None = None
         super().__init__(
             optimizer, "lr", begin, total if end is None else end, last_step, by_epoch, verbose
         )
@@ -167,6 +182,16 @@ class VimCosineLR(_ParamScheduler):
                 kwargs[key] = kwargs[key] * epoch_length
         return cls(*args, by_epoch=False, **kwargs)
 
+    def follow(self, progress: Callable[[], float]) -> None:
+        """From now on, let t be T times what `progress` returns, from 0 to 1."""
+        self._progress = progress
+        self.end = sys.maxsize  # how many steps there are, only the clock knows
+        for group, value in zip(self.optimizer.param_groups, self._get_value(), strict=True):
+            group["lr"] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: x for key, x in super().state_dict().items() if key != "_progress"}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the place in the schedule; the schedule stays the config's, so that a run which
         is resumed for more epochs follows the longer one from there."""
@@ -179,6 +204,8 @@ class VimCosineLR(_ParamScheduler):
 
     def _get_value(self) -> list[float]:
         t = min(self.last_step, self.total)
+        if self._progress is not None:
+            t = self.total * self._progress()
         values = []
         largest = max(self.base_values)
         for base in self.base_values:

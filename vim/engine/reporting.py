@@ -59,10 +59,22 @@ class Meter:
     """Images a second and the share of time spent waiting for data, over the training steps.
 
     From `start` to the first batch, and from a step's end to the next batch, is waiting. Validation
-    and the writing of checkpoints lie outside. On a GPU, work goes on during such a wait.
+    and the writing of checkpoints lie outside. On a GPU, work goes on during such a wait: what
+    counts there is for how long it has nothing to do, see `device_wait`.
+
+    Args:
+        on_gpu: whether to measure that as well.
+
+    Attributes:
+        device_wait: share of time, as of the last `take`, that the GPU had finished a step and the
+            next batch had not arrived; None without a GPU. Waits for the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool = False) -> None:
+        self._on_gpu = on_gpu
+        self._ended: torch.cuda.Event | None = None
+        self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.device_wait: float | None = None
         self._images = 0
         self._seconds = 0.0
         self._waited = 0.0
@@ -71,6 +83,7 @@ class Meter:
     def start(self) -> None:
         """Begin an epoch: the time since the last step doesn't count."""
         self._outside = False
+        self._ended = None
         self._mark = time.perf_counter()
 
     def leave(self) -> None:
@@ -82,16 +95,31 @@ class Meter:
         if self._outside:
             self.start()
         self._waited += self._lap()
+        if self._ended is not None:
+            self._idle.append((self._ended, self._event()))
 
     def done(self, images: int) -> None:
         """A training step with this many images has ended."""
         self._lap()
         self._images += images
+        if self._on_gpu:
+            self._ended = self._event()
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take(self) -> tuple[float, float]:
         """Return images a second and the share of waiting, 0 to 1, since the last call."""
         seconds = max(self._seconds, 1e-9)
         rates = self._images / seconds, self._waited / seconds
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            idle = sum(before.elapsed_time(after) for before, after in self._idle) / 1000
+            self.device_wait = idle / seconds
+            self._idle.clear()
         self._images, self._seconds, self._waited = 0, 0.0, 0.0
         return rates
 
@@ -116,6 +144,11 @@ def _scalars(values: Mapping[str, Any] | None) -> dict[str, float]:
         ):
             single[name] = float(value)
     return single
+
+
+def _times(runner: Runner) -> dict[str, float]:
+    """Return the seconds of training so far, which a runner of mmengine does not tell."""
+    return {"seconds": runner.seconds} if hasattr(runner, "seconds") else {}
 
 
 class _TrainingHook(Hook):
@@ -264,9 +297,11 @@ class MetricsHook(_TrainingHook):
     A line every `interval` iterations has stage "train", `iteration` (done so far) and `epoch`
     (counted from 1); then means over the iterations since the line before of whatever the model
     returns (`loss`, ...), and the present `lr` (largest of the groups), `images_per_second`,
-    `data_wait` (share of time, 0 to 1), on a GPU `memory_gib` (the most its tensors took so far),
-    and where there are such `grad_norm` (of the last clipping) and `loss_scale`. A line after each
-    validation has stage "val", `iteration`, `epoch` and the metrics. What is not finite is null.
+    `data_wait` (share of time, 0 to 1, that this process waits for a batch), `seconds` (of training
+    so far, see `VimTrainLoop`), on a GPU `gpu_wait` (share of time that the GPU has nothing to do
+    until a batch arrives) and `memory_gib` (the most its tensors took so far), and where there are
+    such `grad_norm` (of the last clipping) and `loss_scale`. A line after each validation has stage
+    "val", `iteration`, `epoch`, `seconds` and the metrics. What is not finite is null.
 
     Going on with a run drops the lines of what an earlier attempt did after that checkpoint, which
     also keeps the sums of an unfinished interval: the lines are those of a run never interrupted.
@@ -308,6 +343,8 @@ class MetricsHook(_TrainingHook):
         self._path = Path(runner.work_dir) / METRICS_FILE
         self._done = self._resumed = runner.iter
         self._forget()
+        self._device = next(runner.model.parameters()).device
+        self._meter = Meter(on_gpu=self._device.type == "cuda")
         # Weights to begin with may come from another run, whose sums are none of ours.
         if runner.iter and self._state.get("iteration") == runner.iter:
             self._count, self._sums = self._state["count"], dict(self._state["sums"])
@@ -338,16 +375,16 @@ class MetricsHook(_TrainingHook):
         self._forget()
         line["lr"] = _learning_rate(runner)
         line["images_per_second"], line["data_wait"] = self._meter.take()
-        device = next(runner.model.parameters()).device
-        if device.type == "cuda":
-            line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        norms = runner.message_hub.log_scalars.get("train/grad_norm")
-        if norms is not None:
-            line["grad_norm"] = norms.current()
+        if self._device.type == "cuda":
+            line["gpu_wait"] = self._meter.device_wait
+            line["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        norm = getattr(runner.optim_wrapper, "grad_norm", None)
+        if norm is not None:
+            line["grad_norm"] = float(norm)
         scaler = getattr(runner.optim_wrapper, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             line["loss_scale"] = scaler.get_scale()
-        self._append("train", self._done, runner.epoch + 1, line)
+        self._append("train", self._done, runner.epoch + 1, _times(runner) | line)
 
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
@@ -357,7 +394,7 @@ class MetricsHook(_TrainingHook):
             # Killed between this validation and the next checkpoint, a run validates once more.
             self._keep(lambda line: line["stage"] != "val" or line["iteration"] < runner.iter)
             self._resumed = None
-        self._append("val", runner.iter, runner.epoch, _scalars(metrics))
+        self._append("val", runner.iter, runner.epoch, _times(runner) | _scalars(metrics))
 
     @master_only
     def after_train(self, runner: Runner) -> None:
@@ -404,13 +441,22 @@ class CurvesHook(Hook):
     """Draws curves.png in the work folder from metrics.jsonl, after validations and at the end.
 
     It shows losses, accuracies, learning rate and images a second; "VimMetricsHook" must be there.
+
+    Args:
+        seconds: how long after a drawing the next validation has none, since the training waits.
     """
 
     priority = "LOW"
 
+    def __init__(self, seconds: float = 60.0) -> None:
+        self._seconds = seconds
+        self._drawn = -math.inf
+
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, Any] | None = None) -> None:
-        self._draw(runner)
+        if time.monotonic() - self._drawn >= self._seconds:
+            self._draw(runner)
+            self._drawn = time.monotonic()
 
     @master_only
     def after_train(self, runner: Runner) -> None:

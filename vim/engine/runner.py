@@ -17,10 +17,10 @@ import timm
 import torch
 import torch.distributed as dist
 from mmengine.device import get_device
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from mmengine.visualization import Visualizer
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOGGED_VALUES = 10_000  # kept of each logged scalar, for what averages over a window
 
 _DEFAULT_HOOKS = {
-    "runtime_info": {"type": "RuntimeInfoHook"},
+    "runtime_info": {"type": "VimRuntimeInfoHook"},
     "param_scheduler": {"type": "ParamSchedulerHook"},
     "finite": {"type": "VimFiniteHook"},
     "checkpoint": {"type": "VimCheckpointHook"},
@@ -55,6 +55,17 @@ _DEFAULT_HOOKS = {
 
 class NonFiniteError(FloatingPointError):
     """A loss, gradient or weight became NaN or infinite; the message says where and what to do."""
+
+
+@HOOKS.register_module()
+class VimRuntimeInfoHook(RuntimeInfoHook):
+    """mmengine's, but for the losses of each iteration: reading them would wait for the device.
+
+    VimMetricsHook writes them, and reads them as seldom as it writes.
+    """
+
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
 
 
 @RUNNERS.register_module()
@@ -113,7 +124,8 @@ class VimRunner(Runner):
         on_gpu = self.device_type != "cpu"
         options = {
             "device_ids": [int(os.environ["LOCAL_RANK"])] if on_gpu else None,
-            "broadcast_buffers": False,
+            # Running statistics of norms, where there are some: those of rank 0 serve all.
+            "broadcast_buffers": any(True for _ in model.buffers()),
             "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
             **(model_wrapper_cfg or {}),
         }
@@ -184,6 +196,11 @@ class VimRunner(Runner):
     def max_iters(self) -> int:
         """Iterations to train, 0 where nothing is being trained."""
         return getattr(self._built_loop, "max_iters", 0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds trained, 0 where nothing is being trained."""
+        return getattr(self._built_loop, "seconds", 0.0)
 
     @property
     def stopped_by(self) -> str | None:
@@ -311,6 +328,7 @@ class VimRunner(Runner):
             "iteration": iteration,
             "epoch": iteration // self.train_loop.epoch_length,
             "validated_epoch": self.train_loop.validated_epoch,
+            "seconds": self.train_loop.seconds,
             "model": self.model_state(),
             "optimizer": self._optimizer_state(),
             "param_schedulers": [s.state_dict() for s in self.param_schedulers or []],
@@ -434,7 +452,9 @@ class VimRunner(Runner):
         for scheduler, saved in zip(schedulers, state["param_schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         self._load_logs(state["logs"])
-        self.train_loop.start_at(state["iteration"], state["validated_epoch"])
+        self.train_loop.start_at(
+            state["iteration"], state["validated_epoch"], state.get("seconds", 0.0)
+        )
         self.call_hook("after_load_checkpoint", checkpoint=state)
         if self.rank == 0:
             for path in checkpoints.set_aside(self.work_dir, after=state["iteration"]):
@@ -483,7 +503,7 @@ class VimRunner(Runner):
             FileNotFoundError, ValueError: see `vim.models.read_checkpoint`.
             RuntimeError: names or shapes that do not match.
         """
-        weights = _weights(filename)
+        weights = read_weights(filename)
         model = self.unwrapped_model
         of_backbone = hasattr(model, "backbone") and not any(
             name.startswith("backbone.") for name in weights
@@ -509,7 +529,7 @@ class VimRunner(Runner):
         self.logger.info(f"loaded weights from {filename}")
 
 
-def _weights(filename: str | os.PathLike) -> dict[str, Tensor]:
+def read_weights(filename: str | os.PathLike) -> dict[str, Tensor]:
     """The weights in a file of ours, the averaged ones where it has them, or in any other."""
     if zipfile.is_zipfile(filename):
         try:

@@ -14,6 +14,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 __all__ = ["Stream", "derived_seed", "seed_everything_at", "seed_generators", "seeded"]
 
@@ -61,18 +62,22 @@ def seed_everything_at(seed: int, rank: int, iteration: int) -> None:
 def seeded(*numbers: int) -> Iterator[None]:
     """Within, the generators of Python, NumPy and torch's CPU are seeded; then as they were before.
 
-    The devices' generators are left alone: data workers must not touch them.
+    The devices' generators are left alone: data workers must not touch them. In a data worker the
+    generators serve nothing else and are left as they are, which saves a tenth of a millisecond.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    alone = get_worker_info() is not None
+    if not alone:
+        python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derived_seed(*numbers)
     _seed_python_and_numpy(seed)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        if not alone:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
 
 
 def _seed_python_and_numpy(seed: int) -> None:

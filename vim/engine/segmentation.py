@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .classifier import build_backbone
+from ._encoders import build_pyramid
 from .preprocessing import Preprocessor
 from .segmentation_metrics import VOID
 
@@ -69,8 +69,9 @@ class VimSegmenter(BaseModel):
 
     Args:
         num_classes: of the masks, without void.
-        backbone: of the encoder: `name` of a timm model with maps of strides 4, 8, 16 and 32 and
-            its arguments; `checkpoint`, `use_ema` and `grad_checkpointing` as for `VimClassifier`.
+        backbone: of the encoder: `name` of a timm model, a vim_*_pyramid or any other with maps of
+            one stride, such as a DeiT, or of the strides 4, 8, 16 and 32, and its arguments;
+            `checkpoint`, `use_ema` and `grad_checkpointing` as for `VimClassifier`.
         channels, dropout, auxiliary_level, auxiliary_channels: see `Segmenter`.
         auxiliary_weight: of the auxiliary head's loss.
         inference: arguments of `Segmenter.predict`: window, stride, scales, flip.
@@ -111,7 +112,7 @@ class VimSegmenter(BaseModel):
                 'pip install "vim-mamba[dense]"'
             ) from error
 
-        encoder = build_backbone({"features_only": True, **backbone})
+        encoder = build_pyramid(backbone)
         self.backbone = Segmenter(
             encoder, num_classes, channels, dropout, auxiliary_level, auxiliary_channels
         )

@@ -9,11 +9,9 @@ import io
 import json
 import logging
 import os
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from vim.heads.segmentation_transforms import VOID, EvaluationTransform, TrainingTransform
 
+from ._files import Files, open_files
 from ._image_sources import TRAIN, decode, image_extensions
 from ._keys import check_keys
 from .data import ImageDataset, Loader, make_loader
@@ -150,67 +149,6 @@ class SegmentationDataset(ImageDataset):
             return SegmentationSample(*self.transform(image, mask), corrupt)
 
 
-class _Files(Protocol):
-    def below(self, folder: str) -> list[str]:
-        """The names of files in a folder and its subfolders, sorted."""
-
-    def read(self, name: str) -> bytes: ...
-
-    def label(self, name: str) -> str:
-        """The file, as the user can find it."""
-
-
-class _Folder:
-    def __init__(self, root: str) -> None:
-        self.root = Path(root)
-
-    def below(self, folder: str) -> list[str]:
-        return sorted(
-            Path(path, name).relative_to(self.root).as_posix()
-            for path, _, names in os.walk(self.root / folder, followlinks=True)
-            for name in names
-        )
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
-
-    def label(self, name: str) -> str:
-        return str(self.root / name)
-
-
-class _Tar:
-    """Read by offset, the archive opened anew each time: workers must not share a place in it."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        try:
-            with tarfile.open(root, "r:") as archive:
-                self.members = {
-                    str(PurePosixPath(member.name)): (member.offset_data, member.size)
-                    for member in archive
-                    if member.isfile()
-                }
-        except tarfile.TarError as error:
-            raise ValueError(f"dataset.root={root!r} is no uncompressed .tar: {error}") from error
-
-    def below(self, folder: str) -> list[str]:
-        return sorted(name for name in self.members if name.startswith(f"{folder}/"))
-
-    def read(self, name: str) -> bytes:
-        if name not in self.members:
-            raise FileNotFoundError("there is no such file in the archive")
-        offset, size = self.members[name]
-        with open(self.root, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) < size:
-            raise ValueError(f"the archive ends after {len(data)} of {size} bytes")
-        return data
-
-    def label(self, name: str) -> str:
-        return f"{self.root}:{name}"
-
-
 class _MaskSource:
     """Pairs of files; what `ImageDataset` reads.
 
@@ -223,7 +161,7 @@ class _MaskSource:
 
     def __init__(
         self,
-        files: _Files,
+        files: Files,
         pairs: Sequence[tuple[str, str]],
         table: np.ndarray,
         class_names: list[str],
@@ -371,7 +309,7 @@ def _file_source(cfg: Mapping[str, Any], is_training: bool, on_corrupt: str) -> 
             f"dataset.root={root!r} does not exist: give a folder with {layout.images} and "
             f"{layout.masks}, or a .tar of such; name='made-up' needs no files"
         )
-    files = _Tar(root) if os.path.isfile(root) else _Folder(root)
+    files = open_files(root)
     split = cfg.get("split", layout.splits[0 if is_training else 1])
     images, masks = (folder.format(split=split) for folder in (layout.images, layout.masks))
     extensions = tuple(image_extensions())
@@ -397,7 +335,7 @@ def _file_source(cfg: Mapping[str, Any], is_training: bool, on_corrupt: str) -> 
     return _MaskSource(files, pairs, _table(cfg, layout, len(names)), names)
 
 
-def _class_names(cfg: Mapping[str, Any], files: _Files, layout: Layout) -> list[str]:
+def _class_names(cfg: Mapping[str, Any], files: Files, layout: Layout) -> list[str]:
     names = list(cfg.get("classes", layout.classes))
     if not names:
         try:

@@ -1,6 +1,5 @@
 """Validation of a segmenter: a confusion matrix of pixels, and the numbers and files made of it."""
 
-import colorsys
 import csv
 import json
 import logging
@@ -10,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .drawing import overlay, palette
 from .inference import atomic_write
 from .metrics import markdown
 
@@ -34,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 VOID = 255
 """In masks: pixels that neither train nor count."""
-OPACITY = 0.55
-MARGIN, SWATCH, FONT = 8, 14, 13
-"""Of the legend, in pixels."""
 
 
 class PixelClassResult(NamedTuple):
@@ -181,53 +176,6 @@ def _write_csv(file: Path, rows: Sequence[Sequence[Any]]) -> None:
         open(path, "w", encoding="utf-8", newline="") as stream,
     ):
         csv.writer(stream).writerows(rows)
-
-
-def palette(classes: int) -> np.ndarray:
-    """Return (256, 3) uint8, a colour for each class: hues a golden ratio apart; the rest black."""
-    colours = np.zeros((256, 3), dtype=np.uint8)
-    for index in range(classes):
-        hue = (index * 0.618034) % 1
-        rgb = colorsys.hsv_to_rgb(hue, (0.9, 0.55)[index % 2], (1.0, 0.75, 0.5)[index % 3])
-        colours[index] = [round(255 * value) for value in rgb]
-    return colours
-
-
-def overlay(
-    image: Tensor, prediction: Tensor, target: Tensor, class_names: Sequence[str]
-) -> Image.Image:
-    """Return prediction and truth beside each other, laid over the image, above a legend.
-
-    Args:
-        image: (3, h, w) uint8; it is resized to the size of the masks.
-        prediction, target: (H, W) uint8 classes; others, such as 255, show the image.
-        class_names: those that occur are in the legend.
-    """
-    colours = palette(len(class_names))
-    height, width = target.shape
-    photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height))
-    present = [i for i in torch.cat([prediction, target]).unique().tolist() if i < len(class_names)]
-    font = ImageFont.load_default(FONT)
-    entries, x, y = [], MARGIN, height + MARGIN
-    page_width = 2 * width + MARGIN
-    for index in present:
-        length = SWATCH + MARGIN // 2 + round(font.getlength(class_names[index])) + 2 * MARGIN
-        if x > MARGIN and x + length > page_width:
-            x, y = MARGIN, y + SWATCH + MARGIN
-        entries.append((index, x, y))
-        x += length
-    page = Image.new("RGB", (page_width, y + SWATCH + MARGIN), "white")
-    for number, mask in enumerate((prediction.numpy(), target.numpy())):
-        known = mask < len(class_names)
-        mixed = (1 - OPACITY) * np.asarray(photo) + OPACITY * colours[mask]
-        shown = np.where(known[..., None], mixed, np.asarray(photo)).astype(np.uint8)
-        page.paste(Image.fromarray(shown), (number * (width + MARGIN), 0))
-    draw = ImageDraw.Draw(page)
-    for index, x, y in entries:
-        draw.rectangle((x, y, x + SWATCH, y + SWATCH), tuple(colours[index].tolist()))
-        text = (x + SWATCH + MARGIN // 2, y + SWATCH // 2)
-        draw.text(text, class_names[index], "black", font, anchor="lm")
-    return page
 
 
 @METRICS.register_module(name="VimSegmentationMetric")

@@ -2,6 +2,8 @@
 
 from . import (
     classifier,
+    detection,
+    detection_metrics,
     hooks,
     metrics,
     optimization,
@@ -14,6 +16,8 @@ from . import (
 
 __all__ = [
     "classifier",
+    "detection",
+    "detection_metrics",
     "hooks",
     "metrics",
     "optimization",

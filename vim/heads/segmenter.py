@@ -79,8 +79,8 @@ class Segmenter(nn.Module):
         All but the encoder's stem and blocks is of the last layer.
         """
         return {
-            "stem": r"^encoder\.model\.(?:cls_token|reg_token|pos_embed|patch_embed)",
-            "blocks": r"^encoder\.model\.blocks\.(\d+)",
+            "stem": r"^encoder\.(?:maps\.)?model\.(?:cls_token|reg_token|pos_embed|patch_embed)",
+            "blocks": r"^encoder\.(?:maps\.)?model\.blocks\.(\d+)",
         }
 
     def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
