@@ -290,6 +290,12 @@ def test_first_version_of_vim_is_refused(model):
         model.load_state_dict(weights)
 
 
+@pytest.mark.parametrize("options", [{"mixer": "mamba2"}, {"mixer": "lstm"}, {"ffn": "mlp"}])
+def test_other_mixers_have_no_place_in_official_files(options):
+    with pytest.raises(ValueError, match=r"no place for blocks\.0\."):
+        to_official(build(**options).state_dict())
+
+
 def test_registers_have_no_place_in_official_files():
     with pytest.raises(ValueError, match="no place for reg_token"):
         to_official(build(reg_tokens=2).state_dict())

@@ -52,6 +52,7 @@ _TO_NATIVE = {f"mixer.{o}": f"mixer.{n}" for o, n in _MIXER_NAMES.items()}
 _TO_OFFICIAL = {n: o for o, n in _TO_NATIVE.items()}
 _OFFICIAL_BLOCK = re.compile(r"^layers\.(\d+)\.(.+)$")
 _NATIVE_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
+_SAME_IN_BLOCK = re.compile(r"norm\.(weight|bias)|mixer\.(in|out)_proj\.(weight|bias)")
 
 
 def read_checkpoint(path: str | os.PathLike, *, use_ema: bool = False) -> dict[str, Tensor]:
@@ -196,13 +197,18 @@ def to_official(
     """Return weights of a `VisionMamba` in the authors' layout: undo `to_native`.
 
     Raises:
-        ValueError: the model has what the authors' code has not, such as registers.
+        ValueError: the model has what the authors' code has not, such as registers or another
+            mixer.
     """
-    out = {}
+    out, unknown = {}, []
     for key, value in state_dict.items():
         match = _NATIVE_BLOCK.match(key)
-        if match:
+        if key == "reg_token" or ".stem." in key:
+            unknown.append(key)
+        elif match:
             name = _TO_OFFICIAL.get(match[2], match[2])
+            if match[2] not in _TO_OFFICIAL and not _SAME_IN_BLOCK.fullmatch(name):
+                unknown.append(key)
             if "conv1d" in name and name.endswith("weight"):
                 value = value.unsqueeze(1)
             out[f"layers.{match[1]}.{name}"] = value
@@ -210,7 +216,6 @@ def to_official(
             out[key.replace("norm", "norm_f")] = value
         else:
             out[key] = value
-    unknown = [k for k in out if k == "reg_token" or ".mixer.norm." in k or ".stem." in k]
     if unknown:
         raise ValueError(f"the authors' layout has no place for {', '.join(unknown)}")
     if "cls_token" in out and out["cls_token"].shape[1] == 2:
