@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vim.engine.classifier import VimClassifier, build_backbone, build_loss
-from vim.layers import ConvStem
+from vim.layers import ConvStem, load_balance_loss
 from vim.models import save_checkpoint
 
 SMALL = {
@@ -136,3 +136,30 @@ def test_weights_that_do_not_fit(tmp_path):
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+MOE = {"name": "moe_mamba_tiny_patch16_224", "img_size": 32, "depth": 2, "num_classes": 3}
+
+
+def test_experts_add_their_load_balance_loss():
+    model = VimClassifier(MOE, load_balance=0.5)
+    losses = model(torch.randn(2, 3, 32, 32), torch.tensor([0, 2]), mode="loss")
+    assert set(losses) == {"loss", "loss_balance"}
+    expected = 0.5 * load_balance_loss(model.backbone)
+    assert expected.item() > 0
+    torch.testing.assert_close(losses["loss_balance"], expected)
+    losses["loss_balance"].backward()
+    routers = [p.grad for n, p in model.named_parameters() if "router" in n]
+    assert routers and all(grad.abs().sum() > 0 for grad in routers)
+
+
+def test_experts_take_no_cuda_graph():
+    with pytest.raises(ValueError, match="cuda_graph"):
+        VimClassifier(MOE, cuda_graph=True)
+
+
+def test_a_convolutional_stem_for_any_of_our_models():
+    options = {"img_size": 32, "depth": 1, "embed_layer": "conv"}
+    for name in ("mamba_tiny_patch16_224", "vim_tiny_patch16_224", "deit_tiny_patch16_224"):
+        model = VimClassifier({"name": name, **options})
+        assert type(model.backbone.patch_embed).__name__ == "ConvStem"

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vim.layers import ConvStem
+from vim.layers import ConvStem, MixtureOfExperts, load_balance_loss
 from vim.models import backbone_weights, read_checkpoint
 
 from .training_graph import TrainingGraph
@@ -114,8 +114,11 @@ class VimClassifier(BaseModel):
         loss: see `build_loss`; by default "cross-entropy". Where the preprocessor mixes images or
             smooths labels, targets are shares, which "soft-target" and "bce" take.
         distillation: arguments of `Distillation`, or None.
+        load_balance: factor of the load-balance loss of mixtures of experts, where the backbone has
+            them.
         cuda_graph: whether a GPU replays the backbone's forward and backward in training, see
-            `TrainingGraph`; for one process, without `grad_checkpointing` and `torch.compile`.
+            `TrainingGraph`; for one process, without `grad_checkpointing`, `torch.compile` and
+            mixtures of experts.
         data_preprocessor: config of `VimPreprocessor`.
     """
 
@@ -124,6 +127,7 @@ class VimClassifier(BaseModel):
         backbone: Mapping[str, Any],
         loss: Mapping[str, Any] | None = None,
         distillation: Mapping[str, Any] | None = None,
+        load_balance: float = 0.01,
         cuda_graph: bool = False,
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         init_cfg: None = None,
@@ -132,6 +136,13 @@ class VimClassifier(BaseModel):
             data_preprocessor = dict(data_preprocessor)
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.backbone = build_backbone(backbone)
+        self.load_balance = load_balance
+        self.has_experts = any(isinstance(m, MixtureOfExperts) for m in self.backbone.modules())
+        if cuda_graph and self.has_experts:
+            raise ValueError(
+                "model.cuda_graph=True has no gradient of the load-balance loss: leave it out for "
+                "a backbone with mixtures of experts"
+            )
         self.cuda_graph = cuda_graph
         self._training_graph: TrainingGraph | None = None
         self.loss = build_loss(**(loss or {"kind": "cross-entropy"}))
@@ -162,13 +173,20 @@ class VimClassifier(BaseModel):
         if mode != "loss":
             raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
         loss = self.loss(logits.float(), targets)
-        if self.distillation is None:
-            return {"loss": loss}
-        weight = self.distillation.weight
-        return {
-            "loss_classification": (1 - weight) * loss,
-            "loss_distillation": weight * self.distillation(logits, images),
-        }
+        losses = {"loss": loss}
+        if self.distillation is not None:
+            weight = self.distillation.weight
+            losses = {
+                "loss_classification": (1 - weight) * loss,
+                "loss_distillation": weight * self.distillation(logits, images),
+            }
+        if self.has_experts:
+            losses["loss_balance"] = self.load_balance * load_balance_loss(self.backbone)
+        return losses
+
+
+def _is_ours(name: str) -> bool:
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vim.")
 
 
 def build_backbone(
@@ -186,7 +204,7 @@ def build_backbone(
         raise ValueError("model.backbone needs the key 'name', a model of timm.list_models()")
     checkpoint, use_ema = options.pop("checkpoint", None), options.pop("use_ema", False)
     grad_checkpointing = options.pop("grad_checkpointing", False)
-    named = not name.startswith("vim_") and isinstance(options.get("embed_layer"), str)
+    named = isinstance(options.get("embed_layer"), str) and not _is_ours(name)
     if named and options.pop("embed_layer") == "conv":
         options["embed_layer"] = ConvStem  # timm's ViTs take the class, and have the other one
     model = timm.create_model(name, **options)
