@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from ._compile import DTYPES, get_kernel, launch, unavailable
+from ._compile import DTYPES, contiguous, get_kernel, launch, unavailable
 
 __all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"]
 
@@ -46,8 +46,8 @@ class _Weights:
         if self.given != dtype or any(x.dtype != self.given for x in products):
             self.given = torch.float32
         self.arguments = (
-            *(_contiguous(x, self.given) for x in products),
-            *(_contiguous(x, torch.float32) for x in scan),
+            *(contiguous(x, self.given) for x in products),
+            *(contiguous(x, torch.float32) for x in scan),
             *(self.x_proj, self.dt_proj, self.A, self.D, self.dt_bias),
             *(channels, self.states, self.rank, self.padded_rank),
         )
@@ -56,10 +56,6 @@ class _Weights:
         """Return u, dt, A, B, C, D of both scans; B and C are views of x_proj's result."""
         dt, B, C = projected.split([self.padded_rank, self.states, self.states], dim=-1)
         return u, _product(dt, self.dt_proj), self.A, B, C, self.D
-
-
-def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _padded(rank: int) -> int:

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, get_kernel, launch, multiprocessors, unavailable
+from ._compile import DTYPES, contiguous, get_kernel, launch, multiprocessors, unavailable
 
 __all__ = [
     "backward",
@@ -235,14 +235,10 @@ def _same_weights(branches, dtype):
     if common != dtype or any(t is not None and t.dtype != common for b in branches for t in b):
         common = torch.float32
     pairs = [
-        (_contiguous(weight, common), None if bias is None else _contiguous(bias, common))
+        (contiguous(weight, common), None if bias is None else contiguous(bias, common))
         for weight, bias in branches
     ]
     return pairs[0], pairs[-1]
-
-
-def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _vector(most: int, width: int, channels: int, *tensors: Tensor) -> int:
