@@ -5,8 +5,8 @@ python benchmarks/selective_scan.py [--backends cuda triton mamba-ssm] [--json F
 Every backend is checked against the float64 reference first, at every N that is timed. The floor
 is the special-function unit's: one exponential for each (token, channel, state) and direction, and
 those of softplus and the gate, 16 a clock and multiprocessor. One call of the CUDA backend does
-both directions; the others take one after the other, which is how a model must call them, with the
-flips of mamba-ssm's tokens and the sum of the two not counted.
+both directions; the others take one after the other, which is how a model must call them: Triton's
+second forward adds to the first's result, of mamba-ssm neither flips nor sum are counted.
 """
 
 import argparse
@@ -60,14 +60,17 @@ def cuda_calls(given, dy):
 def triton_calls(given, dy):
     from vim.ops.triton import selective_scan as scan
 
+    z, no_z = given["z"], [k for k in ORDER if k != "z"]
+    both = [[given[k][i] for k in no_z] for i in range(2)]
     sides = [[given[k] if k == "z" else given[k][i] for k in ORDER] for i in range(2)]
-    forward = [lambda i=i: scan.forward(*sides[i], None, True, i == 1, False)[0] for i in range(2)]
     saved = [scan.forward(*sides[i], None, True, i == 1, True)[2] for i in range(2)]
-    backward = [
-        lambda i=i: scan.backward(dy, None, *sides[i], None, saved[i], True, i == 1)
-        for i in range(2)
-    ]
-    return lambda: 0.5 * (forward[0]() + forward[1]()), lambda: [call() for call in backward]
+    return (
+        lambda: scan.forward_bidirectional(both, z, 0.5, False)[0],
+        lambda: [
+            scan.backward(dy, None, *side, None, states, True, reverse)
+            for side, states, reverse in zip(sides, saved, (False, True), strict=True)
+        ],
+    )
 
 
 def mamba_ssm_calls(given, dy):

@@ -518,12 +518,13 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
 // From the end states of chunks that started from zero to the state each chunk starts from: one
 // thread a (direction, batch item, channel, state) walks along the chunks. `start` is read for the
-// state before the first chunk, if there is one; `final_state` is the state after the last.
+// state before the first chunk, if there is one; `final_state` is the state after the last. The
+// adjoint is the same from the last chunk to the first.
 __global__ void selective_scan_carry_kernel(const float *A, const float *initial, const float *end,
                                             const float *delta_sum, float *start,
                                             float *final_state, long long rows, long long batch,
                                             long long channels, long long states, long long chunks,
-                                            long long first_reverse_row) {
+                                            long long first_reverse_row, long long adjoint) {
     const long long i = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
     const long long per_item = channels * states;  // i counts (row, d, n), rows (dirs, B)
     if (i >= rows * per_item) return;
@@ -531,7 +532,8 @@ __global__ void selective_scan_carry_kernel(const float *A, const float *initial
     const float A2 = LOG2_E * A[row / batch * per_item + dn];
     float h = initial == nullptr ? 0.f : initial[i];
     for (long long k = 0; k < chunks; ++k) {
-        const long long chunk = row >= first_reverse_row ? chunks - 1 - k : k;
+        const bool backwards = (row >= first_reverse_row) != (adjoint != 0);
+        const long long chunk = backwards ? chunks - 1 - k : k;
         const long long at = (row * chunks + chunk) * per_item + dn;
         start[at] = h;
         h = fmaf(decay_of(delta_sum[(row * chunks + chunk) * channels + d], A2), h, end[at]);

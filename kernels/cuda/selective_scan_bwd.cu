@@ -7,6 +7,10 @@
 // registers, with the decays of the last KEPT tokens, and runs the adjoint recurrence over them in
 // reverse.
 //
+// Where sequences are few and long, a block takes one chunk of the tokens: the kernel runs once with
+// CARRY, for the gradient of the state before each chunk if nothing came from behind it, then a carry
+// kernel, then once more for all the rest.
+//
 // Sums over channels (B, C) go through the warp, then the block, then one partial sum a block to
 // memory; sums over tokens (A, D, dt_bias) leave one partial sum a batch item. The host adds those
 // in a fixed order, so that results are deterministic. Accumulation is in float32; of 16-bit inputs
@@ -16,11 +20,11 @@
 
 // Arguments, each eight bytes, after ScanParams. P blocks share a group's channels.
 struct ScanGradients {
-    const float *dend;  // (dirs, B, D, N) gradient of the final state, or null
-    float *dstart;      // (dirs, B, D, N), or null
+    const float *dend;  // (dirs, B, chunks, D, N) gradient of the state after a chunk, or null
+    float *dstart;      // (dirs, B, chunks, D, N) of the state before it, or null
     void *du, *ddt;     // (dirs, B, L, D)
     float *dBC;         // (P, dirs, B, L, G, 2 N) partial sums
-    float *dparameters; // (dirs, B, D (N + 2)) partial sums: A (D, N), then D, then dt_bias
+    float *dparameters; // (dirs, B, chunks, D (N + 2)) partial sums: A (D, N), then D, then dt_bias
 };
 
 // d = a * b + c on the tensor cores, in tf32. With g = lane / 4 and t = lane % 4, a lane gives a[0]
@@ -40,8 +44,9 @@ __device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const float (&a
 __device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }
 __device__ __forceinline__ void keep(float &x) { asm("" : "+f"(x)); }
 
+// CARRY: only `dstart` and `delta_sum` are written.
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int KEPT, bool SOFTPLUS,
-          bool VECTOR, int MIN_BLOCKS>
+          bool VECTOR, bool CARRY, int MIN_BLOCKS>
 __global__ void __launch_bounds__(CH / CPT * S, MIN_BLOCKS)
 selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     constexpr int N = NS * S;
@@ -127,20 +132,23 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     index /= group_blocks;
     const int group = index % static_cast<unsigned>(p.groups);
     index /= static_cast<unsigned>(p.groups);
+    const int chunk = index % static_cast<unsigned>(p.chunks);
+    index /= static_cast<unsigned>(p.chunks);
     const long long batch = index % static_cast<unsigned>(p.batch);
     const int dir = index / static_cast<unsigned>(p.batch);
     const int block_channels = min(CH, group_channels - group_block * CH);
     const int block_d0 = group * group_channels + group_block * CH;
     const int channels = block_channels - thread / TEAM * TEAM_CH;  // of the team, and after it
     const int d0 = block_d0 + thread / TEAM * TEAM_CH;
-    const long long item_row = dir * p.batch + batch;
-    const Walk<T> walk(p.length, dir == 1 || p.reverse);
+    const long long item_row = dir * p.batch + batch, chunk_row = item_row * p.chunks + chunk;
+    const long long first_token = chunk * p.chunk;
+    const Walk<T> walk(min(p.chunk, p.length - first_token), dir == 1 || p.reverse);
     const int tiles = walk.tiles, sign = walk.sign;
 
     // Addresses of this thread's part of the tile to come, the last one first.
     const Item item(thread, block_channels);
     Matrices matrices(thread, p.states);
-    const long long last = static_cast<long long>(sign) * T * (tiles - 1);
+    const long long last = first_token + static_cast<long long>(sign) * T * (tiles - 1);
     const long long item_token = last + walk.first(item.row);
     auto start_of = [&](const void *x, long long offset, long long stride) {
         return static_cast<const scalar_t *>(x) + offset + item_token * stride + block_d0 +
@@ -185,7 +193,8 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     // The state before the tile to come.
     const long long quad_stride = p.channels * QUAD;
     const float *start = p.tile_states +
-                         ((item_row * tiles + walk.tile(tiles - 1)) * (N / QUAD) + s * NS / QUAD) *
+                         ((item_row * ((p.length + T - 1) / T) + first_token / T +
+                           walk.tile(tiles - 1)) * (N / QUAD) + s * NS / QUAD) *
                              quad_stride + d0 * QUAD + s * NS % QUAD;
     const long long start_step = sign * (N / QUAD) * quad_stride;
     auto load_start = [&](float (&h)[CPT][NS]) {
@@ -226,7 +235,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
             const long long d = d0 + channel_of(j);
             A2[j][i] = there ? LOG2_E * p.A[(dir * p.channels + d) * p.states + n] : 0.f;
             dh[j][i] = there && grad.dend != nullptr
-                           ? grad.dend[(item_row * p.channels + d) * p.states + n] : 0.f;
+                           ? grad.dend[(chunk_row * p.channels + d) * p.states + n] : 0.f;
             dA[j][i] = 0.f;
         }
     }
@@ -251,7 +260,8 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     scalar_t *du_to = static_cast<scalar_t *>(grad.du) + own_first;
     scalar_t *ddt_to = static_cast<scalar_t *>(grad.ddt) + own_first;
     const int dBC_stride = sign * static_cast<int>(p.groups) * 2 * states;
-    const long long partial_rows = gridDim.x / static_cast<unsigned>(group_blocks * p.groups);
+    const long long partial_rows =
+        gridDim.x / static_cast<unsigned>(group_blocks * p.groups * p.chunks);
     const int dBC_row = thread / N, dBC_state = thread % N;
     constexpr int DBC_STEP = THREADS / N;
     float *dBC_to = grad.dBC +
@@ -282,7 +292,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     // Add this thread's sums of gradients of A, and the team's of D and dt_bias, to those in memory,
     // which the first call sets.
     auto add_parameters = [&](bool first) {
-        float *to = grad.dparameters + item_row * p.channels * (p.states + 2);
+        float *to = grad.dparameters + chunk_row * p.channels * (p.states + 2);
 #pragma unroll
         for (int j = 0; j < CPT; ++j) {
 #pragma unroll
@@ -327,10 +337,10 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         wait_copies<0>();
         __syncthreads();
         float h[T + 1][CPT][NS];  // h[t + 1] is the state after token t
-        load_start(h[0]);
+        if constexpr (!CARRY) load_start(h[0]);
         if (step > 0) prefetch(step - 1);
         commit_copies();
-        if (step < tiles - 1) write_dBC(step + 1);
+        if (!CARRY && step < tiles - 1) write_dBC(step + 1);
 
         // Stage 2: what needs no state, two tokens and two channels a thread.
 #pragma unroll
@@ -363,6 +373,10 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     if (has_z) g[e][i] *= fast_silu(z_[i]);
                     // Steps of zero leave states as they are.
                     if (!valid) delta[e][i] = g[e][i] = 0.f;
+                    if constexpr (CARRY) {
+                        float4 &total = team.totals[own_row][own_pair];
+                        (i ? total.y : total.x) += delta[e][i];
+                    }
                     du[e][i] = delta[e][i] * u_[i];
                 }
             }
@@ -378,6 +392,25 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                 make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
         }
         __syncthreads();
+
+        if constexpr (CARRY) {
+#pragma unroll
+            for (int t = T - 1; t >= 0; --t) {
+                float b[NS], c[NS];
+                load_row(&my.BC[stage][t][s * Matrices::SEGMENT], b, c);
+#pragma unroll
+                for (int j = 0; j < CPT; ++j) {
+                    const float4 step_ = team.steps[t / 2][channel_of(j)];
+                    const float2 g = team.g[t / 2][channel_of(j)];
+                    const float delta = t % 2 ? step_.z : step_.x, g_ = t % 2 ? g.y : g.x;
+#pragma unroll
+                    for (int i = 0; i < NS; ++i)
+                        dh[j][i] = fmaf(g_, c[i], dh[j][i]) * decay_of(delta, A2[j][i]);
+                }
+            }
+            if (step > 0) matrices.store(my.BC[stage ^ 1]);
+            continue;
+        }
 
         // Stage 3: the states once more.
         float kept[KEPT ? KEPT : 1][CPT][NS];
@@ -559,7 +592,22 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         if (step % SUM_TILES == 0) add_parameters(step + SUM_TILES >= tiles);
     }
     __syncthreads();
-    if (tiles > 0) write_dBC(0);
+    if constexpr (CARRY) {
+        if (own_row == 0) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (own_channel + i >= channels) continue;
+                float sum = 0.f;
+                for (int k = 0; k < OWN_ROWS; ++k) {
+                    const float4 &total = team.totals[k][own_pair];
+                    sum += i ? total.y : total.x;
+                }
+                p.delta_sum[chunk_row * p.channels + d0 + own_channel + i] = sum;
+            }
+        }
+    } else if (tiles > 0) {
+        write_dBC(0);
+    }
 
     if (grad.dstart != nullptr) {
 #pragma unroll
@@ -568,7 +616,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
             for (int i = 0; i < NS; ++i) {
                 const int n = s * NS + i;
                 if (channel_of(j) >= channels || n >= p.states) continue;
-                const long long row = item_row * p.channels + d0 + channel_of(j);
+                const long long row = chunk_row * p.channels + d0 + channel_of(j);
                 grad.dstart[row * p.states + n] = dh[j][i];
             }
         }

@@ -175,3 +175,11 @@ def test_no_tokens_or_chunks():
         ssd(*inputs, chunk_size=0)
     with pytest.raises(ValueError, match="a token at least"):
         ssd(inputs[0][:, :0], *inputs[1:])
+
+
+@every_case
+def test_the_other_direction_is_the_flipped_sequence(case):
+    (x, dt, A, B, C), h, chunk = make(case)
+    options = {"initial_state": h, "return_final_state": True, "chunk_size": chunk}
+    y, state = ssd(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), **options)
+    torch.testing.assert_close(ssd(x, dt, A, B, C, reverse=True, **options), (y.flip(1), state))

@@ -178,6 +178,37 @@ class TestSelectiveScanInSegments(TestSelectiveScan):
         monkeypatch.setattr(scan_in_triton, "_segments", cut)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 67, 33, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+class TestBothScans:
+    pytestmark = on_device
+
+    def test_sum_scaled_and_gated(self, shape, dtype):
+        batch, length, channels, state = shape
+        torch.manual_seed(0)
+        big, small = (batch, length, channels), (batch, length, state)
+        sides = []
+        for _ in range(2):
+            rows = [rand(*size, dtype=dtype) for size in (big, big, small, small)]
+            u, dt, B, C = rows
+            A = -rand(channels, state).exp()
+            sides.append([u, dt, A, B, C, rand(channels), rand(channels) - 4])
+        z = rand(*big, dtype=dtype, layout="sliced")
+
+        def exact(kind):
+            y = 0
+            for side, reverse in zip(sides, (False, True), strict=True):
+                *inputs, dt_bias = (x.to(kind) for x in side)
+                y = y + selective_scan_reference(*inputs, dt_bias=dt_bias, reverse=reverse)[0]
+            return 0.5 * y * torch.nn.functional.silu(z.to(kind))
+
+        y, _ = scan_in_triton.forward_bidirectional(sides, z, 0.5, False)
+        truth = exact(torch.float64)
+        error = torch.linalg.vector_norm(y.double() - truth)
+        rounded = torch.linalg.vector_norm(exact(F32).to(dtype).double() - truth)
+        assert error <= 3 * rounded + 4 * torch.finfo(dtype).eps * torch.linalg.vector_norm(truth)
+
+
 # B, L, D, K, dtype, activation, reverse, optional tensors, layout
 CONVOLUTIONS = (
     [

@@ -84,6 +84,23 @@ def operator(name: str) -> Callable[[Callable], Operator]:
     return lambda implementation: Operator(name, implementation)
 
 
+def composite(name: str) -> Callable[[Callable], Callable]:
+    """Return a decorator that makes an op of `torch.ops.vim` of a function of PyTorch's own ops.
+
+    Autograd, compilers and counters see the ops inside; `torch.jit.script` and `torch.fx` keep the
+    call, so that a model can be saved whose function they could not follow. Like the other ops it
+    is there once `vim` is imported, which a program that loads the saved model must do.
+    """
+
+    def register(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+        return function
+
+    return register
+
+
 def _undifferentiable(gradients: list[Tensor | None], name: str) -> list[Tensor | None]:
     """Return `gradients` such that differentiating them raises: they are no constants."""
     message = f"{name} cannot be differentiated twice: its backward has no derivative"

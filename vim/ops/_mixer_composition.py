@@ -33,16 +33,24 @@ class MixerComposition:
 
     def forward(self, xz, forward_branch, backward_branch, merge_scale, save):
         x, z = xz.chunk(2, dim=-1)
-        outputs, saved = [], []
+        projections, sides = [], []
         for branch, reverse in ((forward_branch, False), (backward_branch, True)):
             u = self._convolved(x, branch, reverse)
-            projected = F.linear(u, branch[2].to(u.dtype))
-            *inputs, dt_bias = self._scan_inputs(u, projected, branch)
-            y, _, states = self.scan.forward(*inputs, z, dt_bias, None, True, reverse, save)
+            projections.append(F.linear(u, branch[2].to(u.dtype)))
+            sides.append(self._scan_inputs(u, projections[-1], branch))
+        y, states = self.scans(sides, z, merge_scale, save)
+        saved = [projections[0], states[0], projections[1], states[1]]
+        return y, saved if save else []
+
+    def scans(self, sides, z, merge_scale, save):
+        """Return (y_forward + y_backward) * merge_scale * silu(z), and what either scan saves."""
+        outputs, states = [], []
+        for (*inputs, dt_bias), reverse in zip(sides, (False, True), strict=True):
+            y, _, saved = self.scan.forward(*inputs, z, dt_bias, None, True, reverse, save)
             outputs.append(y)
-            saved += [projected, states]
+            states.append(saved)
         y = outputs[0] + outputs[1]
-        return (y if merge_scale == 1 else y * merge_scale), saved if save else []
+        return (y if merge_scale == 1 else y * merge_scale), states
 
     def backward(self, dy, xz, forward_branch, backward_branch, saved, merge_scale):
         x, z = xz.chunk(2, dim=-1)

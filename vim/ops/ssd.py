@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autograd import composite
+
 __all__ = ["ssd", "ssd_reference"]
 
 
@@ -21,6 +23,7 @@ def ssd(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     chunk_size: int = 64,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the output of a state space model whose decay is one number a head and token.
 
@@ -44,9 +47,10 @@ def ssd(
         A: (H,), or (B, H), negative in a stable model.
         B: (B, L, N) input matrix, shared by the heads.
         C: shaped as `B`, output matrix.
-        initial_state: (B, H, P, N) state before the first token.
-        return_final_state: whether to return the state after the last token, too.
+        initial_state: (B, H, P, N) state before the token scanned first.
+        return_final_state: whether to return the state after the token scanned last, too.
         chunk_size: Q at most; chunks are shortened where that leaves less padding.
+        reverse: whether to scan from the last token to the first. Tokens keep their places.
 
     Returns:
         y: (B, L, H, P) in the dtype of `x`, and, with `return_final_state`, the final state
@@ -55,13 +59,30 @@ def ssd(
     Raises:
         ValueError: shapes that do not fit together; the message says which and what is allowed.
     """
+    y, state = torch.ops.vim.ssd(x, dt, A, B, C, initial_state, chunk_size, reverse)
+    return (y, state) if return_final_state else y
+
+
+@composite("ssd")
+def _ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
     _check(x, dt, A, B, C, initial_state, chunk_size)
+    if reverse:
+        x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
     if x.device.type != "meta":  # which has no autocast
         with torch.autocast(x.device.type, enabled=False):
             y, state = _chunked(x, dt, A, B, C, initial_state, chunk_size)
     else:
         y, state = _chunked(x, dt, A, B, C, initial_state, chunk_size)
-    return (y, state) if return_final_state else y
+    return (y.flip(1) if reverse else y), state
 
 
 def ssd_reference(

@@ -240,6 +240,12 @@ def _chunk_starts(scan: _Scan, variant, chunk, initial_state, want_final):
     sums = torch.empty(end.shape[:-1], dtype=torch.float32, device=scan.device)
     scan.run(variant, STATES_ONLY, None, chunk=chunk, end=end, sums=sums)
     final = scan.chunk_states(1)[:, :, 0] if want_final else None
+    _carry(scan, initial_state, end, sums, start, final, chunks, adjoint=False)
+    return start, final
+
+
+def _carry(scan: _Scan, initial, end, sums, start, final, chunks: int, adjoint: bool) -> None:
+    """Write `start` and `final` of the recurrence, or of the adjoint one, from the chunks' ends."""
     rows = scan.directions * scan.batch
     first_reverse_row = scan.batch if scan.directions == 2 else 0 if scan.reverse else rows
     threads = 256
@@ -248,10 +254,9 @@ def _chunk_starts(scan: _Scan, variant, chunk, initial_state, want_final):
         (-(-rows * scan.channels * scan.states // threads), 1, 1),
         (threads, 1, 1),
         0,
-        *(scan.A, initial_state, end, sums, start, final),
-        *(rows, scan.batch, scan.channels, scan.states, chunks, first_reverse_row),
+        *(scan.A, initial, end, sums, start, final),
+        *(rows, scan.batch, scan.channels, scan.states, chunks, first_reverse_row, adjoint),
     )
-    return start, final
 
 
 class BackwardVariant(NamedTuple):
@@ -279,9 +284,11 @@ def _backward_variant(states: int, dtype: torch.dtype) -> BackwardVariant:
     return BackwardVariant(states // lanes, lanes, channels, block_channels, tile, kept, 2)
 
 
-def _backward_kernel(variant: BackwardVariant, softplus: bool, vector: bool, dtype) -> str:
+def _backward_kernel(
+    variant: BackwardVariant, softplus: bool, vector: bool, dtype, carry: bool = False
+) -> str:
     numbers = ", ".join(map(str, variant[:6]))
-    flags = f"{softplus}, {vector}".lower()
+    flags = f"{softplus}, {vector}, {carry}".lower()
     return f"selective_scan_bwd_kernel<{DTYPES[dtype]}, {numbers}, {flags}, {variant.min_blocks}>"
 
 
@@ -293,15 +300,18 @@ def _scan_backward(
     forward_variant=None,
     want_start=None,
     dz=None,
+    chunk=None,
 ):
     """Return du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, with a row a direction.
 
     Two passes: the forward recurrence again, which leaves the state before each tile and the
-    gradient of z; then the adjoint one. `dz` is where to write that gradient, if not to new memory.
+    gradient of z; then the adjoint one. Either is cut into chunks where sequences are few and long.
+    `dz` is where to write that gradient, if not to new memory.
     """
     states = _rounded_states(scan.states)
     variant = variant or _backward_variant(states, scan.dtype)
-    forward_variant = forward_variant or _plan(scan, variant.tile)[0]
+    chunk = chunk or _backward_chunk(scan, variant)
+    chunks = -(-scan.length // chunk)
     tiles = -(-scan.length // variant.tile)
     dirs, batch, length, channels = scan.directions, scan.batch, scan.length, scan.channels
 
@@ -312,32 +322,59 @@ def _scan_backward(
         dz = empty(batch, length, channels, dtype=scan.dtype)
     tile_states = empty(dirs, batch, tiles, channels * states)
     mode = STATES_ONLY if dz is None else STATES_AND_DZ
-    scan.run(forward_variant, mode, dz, chunk=length, start=initial_state, tile_states=tile_states)
+    start = initial_state
+    if chunks > 1:
+        forward_variant = _variant(states, max(1, states // 16), scan.dtype, variant.tile)
+        start, _ = _chunk_starts(scan, forward_variant, chunk, initial_state, False)
+    forward_variant = forward_variant or _plan(scan, variant.tile)[0]
+    scan.run(forward_variant, mode, dz, chunk=chunk, start=start, tile_states=tile_states)
 
     vector = scan.vector_rows and scan.vector_bc
     blocks = -(-(channels // scan.groups) // variant.block_channels)
+
+    def adjoint(*gradients, carry=False, sums=None):
+        name = _backward_kernel(variant, scan.softplus, vector, scan.dtype, carry)
+        launch(
+            get_kernel("selective_scan_bwd", name, scan.device.index),
+            (blocks * scan.groups * chunks * batch * dirs, 1, 1),
+            (variant.block_channels // variant.channels * variant.lanes, 1, 1),
+            0,
+            *scan.arguments(chunk, chunks, None, None, None, sums, tile_states, vector),
+            *gradients,
+        )
+
+    dstart = empty(dirs, batch, channels, scan.states) if want_start else None
+    before = dstart
+    if chunks > 1:
+        ends, dend_ = scan.chunk_states(chunks), scan.chunk_states(chunks)
+        sums = empty(dirs, batch, chunks, channels)
+        adjoint(None, ends, None, None, None, None, carry=True, sums=sums)
+        _carry(scan, dend, ends, sums, dend_, dstart, chunks, adjoint=True)
+        dend, before = dend_, None
     du, ddt = (empty(dirs, batch, length, channels, dtype=scan.dtype) for _ in range(2))
     dBC = empty(blocks, dirs, batch, length, scan.groups, 2, scan.states)
-    dparameters = empty(dirs, batch, channels * (scan.states + 2))
-    dstart = empty(dirs, batch, channels, scan.states) if want_start else None
-    launch(
-        get_kernel(
-            "selective_scan_bwd",
-            _backward_kernel(variant, scan.softplus, vector, scan.dtype),
-            scan.device.index,
-        ),
-        (blocks * scan.groups * batch * dirs, 1, 1),
-        (variant.block_channels // variant.channels * variant.lanes, 1, 1),
-        0,
-        *scan.arguments(length, 1, initial_state, None, None, None, tile_states, vector),
-        *(dend, dstart, du, ddt, dBC, dparameters),
-    )
+    dparameters = empty(dirs, batch * chunks, channels * (scan.states + 2))
+    adjoint(dend, before, du, ddt, dBC, dparameters)
     dBC = dBC.sum(0) if blocks > 1 else dBC[0]
     dB, dC = dBC.unbind(-2)
     dA, dD, dbias = dparameters.sum(1).split((channels * scan.states, channels, channels), 1)
     dA = dA.unflatten(1, (channels, scan.states))
     # An op's outputs must not share memory.
     return du, ddt, dA, dB, dC, dD.clone(), dz, dbias.clone(), dstart
+
+
+def _backward_chunk(scan: _Scan, variant: BackwardVariant) -> int:
+    """Return into chunks of how many tokens to cut L: one, unless half the chip would be idle.
+
+    Chunks cost the forward recurrence and the adjoint one a second time each.
+    """
+    groups = -(-(scan.channels // scan.groups) // variant.block_channels) * scan.groups
+    blocks = groups * scan.batch * scan.directions
+    resident = variant.min_blocks * multiprocessors(scan.device.index)
+    if scan.length < 1024 or not 0 < 2 * blocks <= resident:
+        return max(scan.length, 1)
+    tokens = -(-scan.length // (resident // blocks))
+    return min(scan.length, max(64, -(-tokens // variant.tile) * variant.tile))
 
 
 def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_states):
@@ -453,7 +490,9 @@ def instantiations() -> list[tuple[str, str]]:
     for dtype in (torch.float32, torch.bfloat16):  # float16 compiles as bfloat16 does
         for states in (1, 8, 16, 64):
             backward = _backward_variant(states, dtype)
-            kernels.append(("selective_scan_bwd", _backward_kernel(backward, True, True, dtype)))
+            for carry in (False, True):
+                name = _backward_kernel(backward, True, True, dtype, carry)
+                kernels.append(("selective_scan_bwd", name))
             fewest = max(1, states // 16)
             add(states, fewest, dtype, 1, OUTPUT)
             add(states, fewest, dtype, 2, OUTPUT)

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from vim.ops.triton import LOG2_E, first_token, launching_on, sigmoid, unavailable
 
-__all__ = ["backward", "forward", "saved_shape", "unavailable"]
+__all__ = ["backward", "forward", "forward_bidirectional", "saved_shape", "unavailable"]
 
 CHUNK = 64
 """Tokens between two states that the forward saves for the backward."""
@@ -188,11 +188,13 @@ def selective_scan_fwd_kernel(
     z_b,
     z_l,
     z_d,
+    scale,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_END: tl.constexpr,
+    ADD: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
     EXACT: tl.constexpr,
@@ -202,7 +204,10 @@ def selective_scan_fwd_kernel(
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Scan a segment, TOKENS tokens at a time, whose loads overlap; state and sums in float32."""
+    """Scan a segment, TOKENS tokens at a time, whose loads overlap; state and sums in float32.
+
+    If ADD, what y holds is added, and the sum scaled, before the gate.
+    """
     item, part, group, d, n, mask_d, mask_n, first, last = _program(
         channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 2
     )
@@ -248,6 +253,9 @@ def selective_scan_fwd_kernel(
     next_z = next_u
     if HAS_Z:
         next_z = _load(z_rows, d * z_d, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
+    next_y = next_u
+    if ADD:
+        next_y = _load(y_rows, d, y_step, left, mask_d, TOKENS)  # [BLOCK_D] each
     for t in range(0, tokens, TOKENS):
         if SAVE_STATES:  # noqa: SIM102, since one of the two is decided when compiling
             if t % CHUNK == 0:
@@ -256,7 +264,7 @@ def selective_scan_fwd_kernel(
         left = tokens - t
         us, dts = _float32(next_u, TOKENS), _float32(next_dt, TOKENS)
         Bs, Cs = _float32(next_B, TOKENS), _float32(next_C, TOKENS)
-        zs = _float32(next_z, TOKENS)
+        zs, ys = _float32(next_z, TOKENS), _float32(next_y, TOKENS)
         u_rows += TOKENS * u_step
         dt_rows += TOKENS * dt_step
         B_rows += TOKENS * B_step
@@ -268,11 +276,15 @@ def selective_scan_fwd_kernel(
         if HAS_Z:
             z_rows += TOKENS * z_step
             next_z = _load(z_rows, d * z_d, z_step, left - TOKENS, mask_d, TOKENS)
+        if ADD:
+            next_y = _load(y_rows + TOKENS * y_step, d, y_step, left - TOKENS, mask_d, TOKENS)
         deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
         for i in tl.static_range(TOKENS):
             decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
             h = decay * h + (deltas[i] * us[i])[None, :] * Bs[i][:, None]
             out = tl.sum(h * Cs[i][:, None], axis=0) + skip * us[i]
+            if ADD:
+                out = (out + ys[i]) * scale
             if HAS_Z:
                 out *= zs[i] * sigmoid(zs[i])
             tl.store(y_rows + i * y_step + d, out, mask=mask_d & (i < left))
@@ -663,10 +675,51 @@ def selective_scan_bwd_kernel(
 
 
 def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, save_states):
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    final_state, saved = _scan_into(y, *inputs, dt_softplus, reverse, save_states)
+    return y, final_state, saved
+
+
+def forward_bidirectional(sides, z, scale: float, save_states: bool):
+    """Scan in both directions: (y_forward + y_backward) * scale * silu(z).
+
+    Args:
+        sides: u, dt, A, B, C, D and dt_bias of the scan forward, then of that in reverse.
+        z: (B, L, D).
+
+    Returns:
+        y: (B, L, D), and what `forward` saves, of either direction.
+    """
+    y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    (*inputs, dt_bias), (*reverse_inputs, reverse_dt_bias) = sides
+    _, saved = _scan_into(y, *inputs, None, dt_bias, None, True, False, save_states)
+    inputs = (*reverse_inputs, z, reverse_dt_bias, None)
+    _, reverse_saved = _scan_into(y, *inputs, True, True, save_states, add=True, scale=scale)
+    return y, [saved, reverse_saved]
+
+
+def _scan_into(
+    y,
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial_state,
+    dt_softplus,
+    reverse,
+    save_states,
+    add=False,
+    scale=1.0,
+):
+    """Write y, or add to it and scale before the gate; return the final state and `saved`."""
     batch, length, channels = u.shape
     state = A.shape[1]
     B, C = _grouped(B), _grouped(C)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     shape = saved_shape(batch, length, channels, state) if save_states else (0,)
     saved = torch.empty(shape, dtype=torch.float32, device=u.device)
     A, D, dt_bias = _transposed(A), _contiguous(D), _contiguous(dt_bias)
@@ -688,7 +741,8 @@ def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, 
         selective_scan_fwd_kernel[_grid(u, groups, segments, blocks)](
             *(u, dt, A, B, C, D, z, dt_bias, start, y, end, saved),
             *(length, segment, segments, channels, groups, state),
-            *(*u.stride(), *dt.stride(), *B.stride(), *C.stride(), *_strides(z)),
+            *(*u.stride(), *dt.stride(), *B.stride(), *C.stride(), *_strides(z), scale),
+            ADD=add,
             DT_SOFTPLUS=dt_softplus,
             REVERSE=reverse,
             EXACT=_exact(u),
@@ -696,7 +750,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, reverse, 
             CHUNK=CHUNK,
             **blocks,
         )
-    return y, final_state, saved
+    return final_state, saved
 
 
 def _starts(
