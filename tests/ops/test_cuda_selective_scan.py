@@ -155,6 +155,29 @@ BOTH = [
 ]
 
 
+@pytest.fixture
+def backward_in_chunks(monkeypatch):
+    """Cut every backward into chunks of 64 tokens, as one of few long sequences is."""
+    monkeypatch.setattr(cuda_scan, "_backward_chunk", lambda *_: 64)
+
+
+CHUNKED = [
+    Shape(2, 149, 72, N=16),
+    Shape(1, 128, 64, N=16),
+    Shape(1, 200, 33, N=3),
+    Shape(1, 193, 24, N=64),
+    Shape(2, 130, 48, N=16, G=3),
+]
+
+
+@pytest.mark.usefixtures("backward_in_chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("shape", CHUNKED, ids=str)
+def test_backward_in_chunks(shape, reverse, dtype):
+    check_scan(make_inputs(shape, dtype), make_cotangents(shape, dtype), reverse=reverse)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [("D", "z", "dt_bias"), ()], ids=["full", "bare"])
 @pytest.mark.parametrize("shape", BOTH, ids=str)
@@ -177,6 +200,13 @@ def test_both_directions(shape, options, dtype):
     gradients = dict(zip(order, cuda_scan.backward_bidirectional(dy, *arguments), strict=True))
     actual |= {f"d{k}": gradients[k].to(leaves[k].dtype) for k in inputs if k in leaves}
     assert_close_to_truth(actual, truth, baseline)
+
+
+@pytest.mark.usefixtures("backward_in_chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [Shape(2, 197, 136, N=16), Shape(1, 129, 33, N=8)], ids=str)
+def test_both_directions_backward_in_chunks(shape, dtype):
+    test_both_directions(shape, ("D", "z", "dt_bias"), dtype)
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 100, 72, N=16), Shape(2, 100, 71, N=16)], ids=str)
