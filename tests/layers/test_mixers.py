@@ -1,5 +1,6 @@
 """What is asked of every mixer: shapes, gradients, directions, precision, ways of running it."""
 
+import io
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ DIM = 16
 OPTIONS = {
     "attention": {"head_dim": 8},
     "mamba2": {"head_dim": 8, "d_state": 4, "chunk_size": 8},
+    "causal_mamba2": {"head_dim": 8, "d_state": 4, "chunk_size": 8},
     "s4d": {"d_state": 6},
     "bimamba": {"d_state": 4},
     "mamba": {"d_state": 4},
@@ -21,7 +23,9 @@ LAYERS = {
     for name, maker in (MIXERS | FFNS).items()
     if name != "none"
 }
+LAYERS["attention_windows"] = partial(LAYERS["attention"], window_size=4)
 LAYERS["mamba_reverse"] = partial(LAYERS["mamba"], reverse=True)
+LAYERS["causal_mamba2_reverse"] = partial(LAYERS["causal_mamba2"], reverse=True)
 LAYERS["moe_top2"] = partial(LAYERS["moe"], top_k=2)
 LAYERS["s4d_inv"] = partial(LAYERS["s4d"], init="inv")
 LAYERS["s4d_real"] = partial(LAYERS["s4d"], init="real")
@@ -89,7 +93,7 @@ def test_which_tokens_a_token_sees(name):
         seen.append((gradient.abs().sum(-1) > 0).flatten().nonzero().flatten().tolist())
     if name in EVERY_TOKEN:
         expected = [list(range(9))] * 9
-    elif name == "mamba":
+    elif name in ("mamba", "causal_mamba2"):
         expected = [list(range(t + 1)) for t in range(9)]
     else:
         assert name == "gated_conv"
@@ -97,8 +101,9 @@ def test_which_tokens_a_token_sees(name):
     assert seen == expected
 
 
-def test_the_other_direction_is_the_flipped_sequence():
-    layer, reverse, x = make("mamba"), make("mamba_reverse"), tokens()
+@pytest.mark.parametrize("name", ["mamba", "causal_mamba2"])
+def test_the_other_direction_is_the_flipped_sequence(name):
+    layer, reverse, x = make(name), make(f"{name}_reverse"), tokens()
     reverse.load_state_dict(layer.state_dict())
     torch.testing.assert_close(reverse(x.flip(1)).flip(1), layer(x))
 
@@ -176,8 +181,14 @@ def test_compile(name):
 
 @every_layer
 def test_torchscript(name):
-    layer, x = make(name), tokens(11)
-    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+    layer, x = make(name), tokens(11).requires_grad_()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(layer), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    torch.testing.assert_close(loaded(x), layer(x))
+    actual, expected = (torch.autograd.grad(f(x).square().sum(), x) for f in (loaded, layer))
+    torch.testing.assert_close(actual, expected)
 
 
 # By name

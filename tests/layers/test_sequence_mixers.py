@@ -1,12 +1,24 @@
-"""The mixers beside Vim's by their papers' equations, in float64; and Mamba's state."""
+"""The mixers beside Vim's by their papers' equations, in float64; and the state of those of one
+direction."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vim.layers import GRU, LSTM, RNN, S4D, Attention, BidirectionalMamba2, GatedConv, Mamba
+from vim.layers import (
+    GRU,
+    LSTM,
+    RNN,
+    S4D,
+    Attention,
+    BidirectionalMamba2,
+    GatedConv,
+    Mamba,
+    Mamba2,
+)
 from vim.layers.s4d import S4DConvolution, s4d_kernels
 from vim.ops import ssd_reference
 
@@ -35,6 +47,24 @@ def test_attention(length):
         heads.append(scores.softmax(-1) @ v[..., h])
     expected = torch.cat(heads, -1) @ layer.out_proj.weight.T + layer.out_proj.bias
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 7, 50], ids="window{}".format)
+@every_length
+def test_attention_in_windows_is_masked_attention(length, window):
+    layer, x = perturbed(Attention(DIM, head_dim=4, window_size=window)), tokens(length)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in layer.in_proj(x).split(DIM, dim=-1))
+    place = torch.arange(length) // window
+    scores = (q @ k.mT / math.sqrt(4)).masked_fill(place[:, None] != place, -math.inf)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(x), layer.out_proj(y))
+
+
+def test_weights_do_not_depend_on_windows():
+    whole, windows = Attention(DIM, 4), Attention(DIM, 4, window_size=5)
+    windows.load_state_dict(whole.state_dict())
+    x = tokens(5).float()
+    torch.testing.assert_close(windows(x), whole(x))
 
 
 def step_of(kind, gates_x, gates_h, h, c):
@@ -151,15 +181,35 @@ def test_mamba2(length):
     torch.testing.assert_close(layer(x), y @ layer.out_proj.weight.T)
 
 
-def test_mamba2_initial_values():
-    layer = BidirectionalMamba2(512)
+@every_length
+def test_causal_mamba2(length):
+    layer = perturbed(Mamba2(DIM, d_state=3, head_dim=4, chunk_size=8))
+    x = tokens(length)
+    z, uBC, dt = (x @ layer.in_proj.weight.T).split([16, 22, 4], dim=-1)
+    padded = F.pad(uBC, (0, 0, 3, 0))
+    conv = sum(layer.conv1d.weight[:, k] * padded[:, k : k + length] for k in range(4))
+    u, B, C = F.silu(conv + layer.conv1d.bias).split([16, 3, 3], dim=-1)
+    u = u.unflatten(-1, (4, 4))
+    y, _ = ssd_reference(u, F.softplus(dt + layer.dt_bias), -layer.A_log.exp(), B, C)
+    y = (y + layer.D[:, None] * u).flatten(2) * F.silu(z)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * layer.norm.weight
+    torch.testing.assert_close(layer(x), y @ layer.out_proj.weight.T)
+
+
+@pytest.mark.parametrize("kind", [BidirectionalMamba2, Mamba2], ids=["both", "one"])
+def test_mamba2_initial_values(kind):
+    layer = kind(512)
     assert 1 <= layer.A_log.exp().min() <= layer.A_log.exp().max() <= 16
     dt = F.softplus(layer.dt_bias)
     assert 1e-3 * 0.999 < dt.min() <= dt.max() < 1e-1 * 1.001
     assert (layer.D == 1).all()
 
 
-@pytest.mark.parametrize("layer", [BidirectionalMamba2(64), S4D(16)], ids=["mamba2", "s4d"])
+@pytest.mark.parametrize(
+    "layer",
+    [BidirectionalMamba2(64), Mamba2(64), S4D(16)],
+    ids=["mamba2", "causal_mamba2", "s4d"],
+)
 def test_parameters_in_exponents_stay_float32(layer):
     layer = layer.bfloat16()
     kept = {n.rpartition(".")[2] for n, p in layer.named_parameters() if p.dtype == torch.float32}
@@ -167,24 +217,27 @@ def test_parameters_in_exponents_stay_float32(layer):
     assert layer.in_proj.weight.dtype == torch.bfloat16
 
 
-# Mamba of one direction, with its state
+# Mixers of one direction, with their state
 
-
-def mamba(**kwargs):
-    return perturbed(Mamba(DIM, d_state=3, **kwargs))
+CAUSAL = {
+    "mamba": partial(Mamba, DIM, d_state=3),
+    "causal_mamba2": partial(Mamba2, DIM, d_state=3, head_dim=4, chunk_size=4),
+}
+every_causal = pytest.mark.parametrize("kind", CAUSAL)
 
 
 @every_length
 def test_mamba_by_its_branch(length):
-    layer, x = mamba(), tokens(length)
+    layer, x = perturbed(CAUSAL["mamba"]()), tokens(length)
     u, z = (x @ layer.in_proj.weight.T).chunk(2, -1)
     torch.testing.assert_close(layer(x), layer.branch(u, z) @ layer.out_proj.weight.T)
 
 
+@every_causal
 @every_length
 @pytest.mark.parametrize("d_conv", [1, 2, 4], ids="K{}".format)
-def test_token_by_token_equals_the_sequence(length, d_conv):
-    layer, x = mamba(d_conv=d_conv), tokens(length)
+def test_token_by_token_equals_the_sequence(kind, length, d_conv):
+    layer, x = perturbed(CAUSAL[kind](d_conv=d_conv)), tokens(length)
     state, outputs = None, []
     for t in range(length):
         y, state = layer.step(x[:, t], state)
@@ -193,10 +246,11 @@ def test_token_by_token_equals_the_sequence(length, d_conv):
     torch.testing.assert_close(state, layer.scan(x)[1])
 
 
+@every_causal
 @pytest.mark.parametrize("cuts", [[1], [6], [2, 3, 9]], ids=str)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_chunks_equal_the_sequence_and_pass_gradients(cuts, reverse):
-    layer, x = mamba(reverse=reverse), tokens(13).requires_grad_()
+def test_chunks_equal_the_sequence_and_pass_gradients(kind, cuts, reverse):
+    layer, x = perturbed(CAUSAL[kind](reverse=reverse)), tokens(13).requires_grad_()
     chunks = list(x.tensor_split(cuts, dim=1))
     state, outputs = None, []
     for chunk in reversed(chunks) if reverse else chunks:
@@ -212,10 +266,10 @@ def test_chunks_equal_the_sequence_and_pass_gradients(cuts, reverse):
     )
 
 
-def test_gradcheck_of_the_state():
-    layer, x = mamba(), tokens(3, batch=1).requires_grad_()
-    conv = torch.randn(1, 3, 2 * DIM, dtype=torch.float64, requires_grad=True)
-    ssm = torch.randn(1, 2 * DIM, 3, dtype=torch.float64, requires_grad=True)
+@every_causal
+def test_gradcheck_of_the_state(kind):
+    layer, x = perturbed(CAUSAL[kind]()), tokens(3, batch=1).requires_grad_()
+    conv, ssm = (torch.randn_like(t).requires_grad_() for t in layer.scan(x)[1])
 
     def function(x, conv, ssm):
         y, state = layer.scan(x, (conv, ssm))
@@ -228,12 +282,14 @@ def test_gradcheck_of_the_state():
     ("make", "message"),
     [
         (lambda: Attention(DIM, head_dim=3), "head_dim must divide dim = 8, got 3"),
+        (lambda: Attention(DIM, 4, window_size=0), "window_size must be at least 1, got 0"),
         (lambda: GatedConv(DIM, d_conv=4), "d_conv must be odd"),
         (lambda: S4D(DIM, d_state=3), "d_state must be even and positive, got 3"),
         (lambda: S4D(DIM, init="legs"), "init must be 'lin', 'inv' or 'real', got 'legs'"),
         (lambda: BidirectionalMamba2(DIM, head_dim=5), "head_dim must divide expand .* = 16"),
+        (lambda: Mamba2(DIM, head_dim=5), "head_dim must divide expand .* = 16"),
     ],
-    ids=["attention", "gated_conv", "s4d_state", "s4d_init", "mamba2"],
+    ids=["attention", "windows", "gated_conv", "s4d_state", "s4d_init", "mamba2", "causal_mamba2"],
 )
 def test_options_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):

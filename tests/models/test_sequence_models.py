@@ -1,6 +1,7 @@
 """The presets beside Vim: sizes, costs, and everything that timm asks of a model."""
 
 import copy
+import io
 import math
 import re
 from pathlib import Path
@@ -195,7 +196,12 @@ def test_fx(name):
 @every_kind
 def test_torchscript(name):
     model, x = make(name), images()
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x))
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "mamba2", "moe_mamba", "s4d"])

@@ -5,6 +5,7 @@ from .attention import Attention
 from .block import FeedForward, VimBlock
 from .causal_conv1d import CausalConv1d
 from .causal_mamba import Mamba
+from .causal_mamba2 import Mamba2
 from .components import FFNS, MIXERS, Component, build_ffns, build_mixers
 from .gated_conv import GatedConv
 from .mamba import BidirectionalMamba, MambaBranch
@@ -38,6 +39,7 @@ __all__ = [
     "LDPProjector",
     "MLPProjector",
     "Mamba",
+    "Mamba2",
     "MambaBranch",
     "MixtureOfExperts",
     "PatchEmbed",

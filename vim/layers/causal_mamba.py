@@ -53,6 +53,7 @@ class Mamba(nn.Module):
         dd = {"device": device, "dtype": dtype}
         d_inner = int(expand * dim)
         rank = math.ceil(dim / 16) if dt_rank == "auto" else int(dt_rank)
+        self.reverse = reverse
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=bias, **dd)
         self.branch = MambaBranch(d_inner, d_state, d_conv, rank, reverse=reverse, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)

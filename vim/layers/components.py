@@ -9,6 +9,7 @@ from torch import nn
 
 from .attention import Attention
 from .causal_mamba import Mamba
+from .causal_mamba2 import Mamba2
 from .feed_forward import mlp, swiglu
 from .gated_conv import GatedConv
 from .mamba import BidirectionalMamba
@@ -26,6 +27,7 @@ Component: TypeAlias = str | Mapping[str, Any] | Callable[..., nn.Module]
 MIXERS: dict[str, Callable[..., nn.Module]] = {
     "attention": Attention,
     "bimamba": BidirectionalMamba,
+    "causal_mamba2": Mamba2,
     "gated_conv": GatedConv,
     "gru": GRU,
     "lstm": LSTM,

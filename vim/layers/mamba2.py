@@ -3,24 +3,15 @@
 import math
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim.ops import ssd
+import vim.ops  # noqa: F401, registers torch.ops.vim
 
 from .causal_conv1d import CausalConv1d
 from .float32_parameters import Float32Parameters
 
 __all__ = ["BidirectionalMamba2", "GatedRMSNorm"]
-
-
-@torch.jit.ignore
-def _ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
-    return ssd(x, dt, A, B, C, chunk_size=chunk_size)
-
-
-torch.fx.wrap("_ssd")  # symbolic tracing keeps the call, whose chunks depend on the length
 
 
 class GatedRMSNorm(nn.Module):
@@ -43,6 +34,25 @@ class GatedRMSNorm(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         y = y * F.silu(z)
         return F.rms_norm(y, self.weight.shape, self.weight.to(y.dtype), self.eps)
+
+
+@torch.no_grad()
+def draw_heads(
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, dt_range: tuple[float, float, float]
+) -> None:
+    """Fill the parameters of the heads: step sizes log-uniform in a range, A uniform in [1, 16].
+
+    Args:
+        dt_bias, A_log, D: of one shape; overwritten.
+        dt_range: least and greatest step size, and a floor under them.
+    """
+    low, high, floor = dt_range
+    dt = torch.rand_like(dt_bias) * (math.log(high) - math.log(low)) + math.log(low)
+    dt = dt.exp().clamp(min=floor)
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    nn.init.uniform_(A_log, 1, 16)
+    A_log.log_()
+    nn.init.ones_(D)
 
 
 class BidirectionalMamba2(Float32Parameters):
@@ -109,15 +119,8 @@ class BidirectionalMamba2(Float32Parameters):
         self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        low, high, floor = self.dt_range
-        dt = torch.rand_like(self.dt_bias) * (math.log(high) - math.log(low)) + math.log(low)
-        dt = dt.exp().clamp(min=floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        nn.init.uniform_(self.A_log, 1, 16)
-        self.A_log.log_()
-        nn.init.ones_(self.D)
+        draw_heads(self.dt_bias, self.A_log, self.D, self.dt_range)
 
     def forward(self, tokens: Tensor) -> Tensor:
         z, x, BC_f, BC_b, dt_f, dt_b = self.in_proj(tokens).split(self.in_sizes, dim=-1)
@@ -130,7 +133,8 @@ class BidirectionalMamba2(Float32Parameters):
         A = (-torch.exp(self.A_log)).unsqueeze(1).expand(-1, tokens.shape[0], -1)
         x, B, C = xBC.flatten(0, 1).split(self.conv_sizes, dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))
-        y = _ssd(x, dt.flatten(0, 1), A.flatten(0, 1), B, C, self.chunk_size)
+        dt, A = dt.flatten(0, 1), A.flatten(0, 1)
+        y, _ = torch.ops.vim.ssd(x, dt, A, B, C, None, self.chunk_size, False)
         x, y = x.unflatten(0, (2, -1)), y.unflatten(0, (2, -1))  # (2, B, L, H, P)
         y = y + self.D[:, None, None, :, None].to(y.dtype) * x
         y_f, y_b = y.flatten(-2).unbind(0)

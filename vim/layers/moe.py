@@ -9,6 +9,8 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from vim.ops._autograd import composite
+
 from ._autocast import no_autocast
 
 __all__ = ["ExpertLinear", "MixtureOfExperts", "load_balance_loss"]
@@ -130,7 +132,7 @@ class MixtureOfExperts(nn.Module):
         self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
-        probabilities = _probabilities(x, self.router.weight)  # (B, L, E)
+        probabilities = torch.ops.vim.router_probabilities(x, self.router.weight)  # (B, L, E)
         gates, experts = probabilities.topk(self.top_k, dim=-1)  # (B, L, k)
         if self.top_k > 1:
             gates = gates / gates.sum(-1, keepdim=True)
@@ -172,7 +174,7 @@ class MixtureOfExperts(nn.Module):
         )
 
 
-@torch.jit.ignore
+@composite("router_probabilities")
 def _probabilities(x: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     with no_autocast(x.device.type):

@@ -8,9 +8,10 @@ import math
 from typing import Literal
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vim.ops._autograd import composite
 
 from ._autocast import no_autocast
 from .float32_parameters import Float32Parameters
@@ -84,7 +85,7 @@ class S4DConvolution(Float32Parameters):
         nn.init.ones_(self.D)
 
     def forward(self, u: Tensor) -> Tensor:
-        return _s4d(u, self.log_dt, self.A_log, self.A_imag, self.C, self.D)
+        return torch.ops.vim.s4d(u, self.log_dt, self.A_log, self.A_imag, self.C, self.D)
 
 
 def s4d_kernels(length: int, log_dt: Tensor, A_log: Tensor, A_imag: Tensor, C: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def s4d_kernels(length: int, log_dt: Tensor, A_log: Tensor, A_imag: Tensor, C: T
     return 2 * (left @ right).flatten(-2)[..., :length]
 
 
-@torch.jit.ignore
+@composite("s4d")
 def _s4d(u: Tensor, log_dt: Tensor, A_log: Tensor, A_imag: Tensor, C: Tensor, D: Tensor) -> Tensor:
     length = u.shape[1]
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -118,9 +119,6 @@ def _s4d(u: Tensor, log_dt: Tensor, A_log: Tensor, A_imag: Tensor, C: Tensor, D:
         kernel = torch.cat([now, past[:, 1:], future], dim=-1)  # (D, n)
         spectrum = torch.fft.rfft(u.to(dtype), n=n, dim=1) * torch.fft.rfft(kernel).T
         return torch.fft.irfft(spectrum, n=n, dim=1)[:, :length].to(u.dtype)
-
-
-torch.fx.wrap("_s4d")  # symbolic tracing keeps the call, whose sizes depend on the length
 
 
 def _fft_length(least: int) -> int:
