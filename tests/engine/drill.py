@@ -1,4 +1,4 @@
-"""A small training run to break in the tests: a model, a config, and a server of processes.
+"""Small training runs to break in the tests: a model, configs, and a server of processes.
 
 Run as a script it imports everything once and then forks a run for each line of its input, so that
 a run starts in a moment: a line is the JSON of `config`'s arguments and of `processes`; the answers
@@ -25,9 +25,15 @@ from torch import nn
 
 import vim.engine.hooks
 import vim.engine.metrics  # noqa: F401
+from vim.engine.config import load_config
 from vim.engine.runner import VimRunner
 
 CLASSES, SIZE, BATCH, IMAGES = 4, 8, 4, 80
+CONFIGS = Path(__file__).parents[2] / "configs"
+DENSE = {
+    "detection": "detection/vim-debug-mask-rcnn_1xb2_made-up.py",
+    "segmentation": "segmentation/vim-debug-upernet_1xb2_made-up.py",
+}
 
 
 class TinyBackbone(nn.Module):
@@ -176,17 +182,35 @@ def config(
     return Config(cfg)
 
 
-def run(arguments: dict, rank: int, processes: int, port: int) -> None:
+def dense_config(work_dir, task, *, epochs=3, interval=4, **changes):
+    """The config of a detector's or segmenter's run of `epochs` epochs of 20 images."""
+    options = {
+        "train_cfg.max_epochs": epochs,
+        "train_cfg.checkpoint_interval": interval,
+        "param_scheduler.total": epochs,
+        "model.backbone.drop_path_rate": 0.2,
+        "train_dataloader.num_workers": 1,
+        "default_hooks.ema.decay": 0.9,
+        "log_level": "WARNING",
+    }
+    found = load_config(CONFIGS / DENSE[task], options, work_dir)
+    found.custom_hooks = [{"type": "DrillLog"}]
+    found.experiment_name = f"drill-{os.getpid()}-{time.monotonic_ns()}"
+    found.update(changes)
+    return found
+
+
+def run(cfg: Config, rank: int, processes: int, port: int) -> None:
     """Be a process of a run; never return."""
     code = 1
-    with open(Path(arguments["work_dir"]).with_suffix(".log"), "a") as log:
+    with open(Path(cfg.work_dir).with_suffix(".log"), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if processes > 1:
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
     try:
-        VimRunner.from_cfg(config(**arguments)).train()
+        VimRunner.from_cfg(cfg).train()
         code = 0
     except Exception:
         traceback.print_exc()
@@ -208,11 +232,12 @@ def main() -> None:
     for line in sys.stdin:
         arguments = json.loads(line)
         processes, port = arguments.pop("processes", 1), free_port()
+        cfg = dense_config(**arguments) if "task" in arguments else config(**arguments)
         children = []
         for rank in range(processes):
             children.append(os.fork())
             if children[-1] == 0:
-                run(arguments, rank, processes, port)
+                run(cfg, rank, processes, port)
         sys.stdout.write(f"pids {' '.join(map(str, children))}\n")
         sys.stdout.flush()
         failure = 0

@@ -75,7 +75,7 @@ def start():
     command = [sys.executable, str(DRILL)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
-        yield lambda **arguments: Run(server, interval=INTERVAL, **arguments)
+        yield lambda **arguments: Run(server, **{"interval": INTERVAL, **arguments})
         server.stdin.close()
 
 
@@ -121,7 +121,8 @@ def assert_equal(a, b, where="state") -> None:
 def assert_as_undisturbed(folder: Path, undisturbed: Path, iterations: int = ITERATIONS) -> None:
     """The curve, and all that the last and the best checkpoint hold, are the same to the bit."""
     assert curve_of(folder) == curve_of(undisturbed)
-    for name in (f"iter_{iterations:08d}.pth", "best_top1.pth"):
+    (best,) = undisturbed.glob("best_*.pth")
+    for name in (f"iter_{iterations:08d}.pth", best.name):
         ours, theirs = (checkpoints.load(f / name) for f in (folder, undisturbed))
         for state in (ours, theirs):
             del state["config"]  # names the folder
@@ -157,6 +158,39 @@ def test_kill_9_at_any_moment(start, undisturbed, tmp_path, accumulation):
     assert code == 0, run.log
     assert kills >= 4
     assert_as_undisturbed(run.folder, undisturbed)
+
+
+@pytest.mark.parametrize("processes", [1, 2], ids=["", "two processes"])
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_kill_9_of_dense_prediction(start, tmp_path, task, processes):
+    """Some moment after an iteration, whichever process; its data workers end with it."""
+    pytest.importorskip("torchvision" if task == "detection" else "segmentation_models_pytorch")
+    if task == "detection":
+        pytest.importorskip("faster_coco_eval")
+    interval, iterations = 4, 30 // processes
+    options = {"task": task, "processes": processes, "interval": interval, "resume": True}
+    whole = start(work_dir=tmp_path / "whole", **options)
+    assert whole.wait() == 0, whole.log
+    draw = random.Random(f"{task} {processes}")
+    done = 0
+    for kill in [*sorted(draw.sample(range(1, 2 * iterations // 3), 3)), None]:
+        run = start(work_dir=tmp_path / "run", **options)
+        if kill is not None:
+            run.wait_for(f'"iteration": {kill},')
+            time.sleep(draw.uniform(0, 0.1))
+            run.send(signal.SIGKILL, rank=draw.randrange(processes))
+        assert run.wait() == (0 if kill is None else -signal.SIGKILL), run.log
+        own = [
+            line["iteration"]
+            for line in lines_of(run.folder)
+            if line["pid"] == run.pid and "lr" in line
+        ]
+        if own:
+            assert done - (own[0] - 1) <= interval, (done, own[0])
+            done = own[-1]
+    assert_as_undisturbed(run.folder, whole.folder, iterations)
+    for rank in range(processes):
+        assert curve_of(run.folder, rank) == curve_of(whole.folder, rank)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)

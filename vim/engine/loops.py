@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from mmengine.evaluator import Evaluator
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop
@@ -43,8 +44,9 @@ class VimTrainLoop(BaseLoop):
         val_begin: the first epoch to validate after.
         checkpoint_interval: iterations from one checkpoint to the next; None means an epoch.
         max_seconds: seconds to train, validations and checkpoints included: training ends with the
-            epoch in which they are over, if `max_epochs` have not passed before. The first
-            iteration does not count, since it compiles kernels and waits for workers to start.
+            update in which they are over, if `max_epochs` have not passed before; one validation
+            follows. The first iteration does not count, since it compiles kernels and waits for
+            workers to start.
             Schedules follow the share of the seconds or of the epochs that has passed, whichever
             is larger, so that runs of different speed can be compared at equal cost. Such a run
             depends on the clock: the same seed does not give the same curve.
@@ -112,10 +114,13 @@ class VimTrainLoop(BaseLoop):
             self.progress = min(max(self.progress, share), 1.0)
 
     @property
+    def _spent(self) -> bool:
+        """Whether the seconds are over."""
+        return self.max_seconds is not None and self.progress >= 1
+
+    @property
     def _over(self) -> bool:
-        return self.epoch >= self.max_epochs or (
-            self.max_seconds is not None and self.progress >= 1
-        )
+        return self.epoch >= self.max_epochs or self._spent
 
     def start_at(self, iteration: int, validated_epoch: int, seconds: float = 0.0) -> None:
         """Go on after `iteration` iterations and `seconds`, the last validation having followed an
@@ -178,6 +183,8 @@ class VimTrainLoop(BaseLoop):
             self._run_iter(batch_idx, batch)
             if self.should_stop():
                 break
+            if self._spent and self.runner.optim_wrapper.should_update():
+                break
         if self.iter % self.epoch_length == 0:
             self.runner.call_hook("after_train_epoch")
             self.epoch += 1
@@ -218,17 +225,18 @@ class VimTrainLoop(BaseLoop):
         self.iter += 1
 
     def _validate_if_due(self) -> None:
+        epoch = -(-self.iter // self.epoch_length)  # counted from 1, perhaps begun only
         due = (
             self.runner.val_loop is not None
-            and self.iter == self.epoch * self.epoch_length
-            and self.epoch >= self.val_begin
-            and (self.epoch % self.val_interval == 0 or self._over)
-            and self.validated_epoch < self.epoch
+            and (epoch == self.epoch or self._spent)
+            and epoch >= self.val_begin
+            and (epoch % self.val_interval == 0 or self._over)
+            and self.validated_epoch < epoch
         )
         if due:
             self.runner.val_loop.run()
             if not self.stopped_by:
-                self.validated_epoch = self.epoch
+                self.validated_epoch = epoch
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
@@ -326,6 +334,10 @@ class _EvaluationLoop(BaseLoop):
                 f"a process has none of the {longest} batches to evaluate, and a sharded model "
                 "needs all processes: make batch_size smaller"
             )
+        if runner.distributed:
+            # A norm's statistics are each process's own in training; checkpoints hold the first's.
+            for buffer in runner.unwrapped_model.buffers():
+                dist.broadcast(buffer, src=0)
         for metric in self.evaluator.metrics:
             metric.results.clear()
         for batch_idx, batch in enumerate(self.dataloader):
