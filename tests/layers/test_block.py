@@ -16,8 +16,9 @@ def make_block(**kwargs):
 def test_first_block_starts_the_stream():
     block = make_block()
     x = torch.randn(2, 5, DIM, dtype=torch.float64)
-    y, residual = block(x)
+    y, residual, found = block(x)
     assert torch.equal(residual, x)
+    assert torch.equal(found, x)
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
     torch.testing.assert_close(y, block.mixer(normed))
 
@@ -27,7 +28,8 @@ def test_stream_is_the_sum_of_all_that_blocks_computed():
     stream = torch.randn(2, 5, DIM, dtype=torch.float64)
     x, residual = stream, None
     for block in blocks:
-        x, residual = block(x, residual)
+        x, residual, found = block(x, residual)
+        assert torch.equal(found, residual)
         torch.testing.assert_close(residual, stream)
         normed = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5)
         stream = stream + block.mixer(normed)
@@ -58,7 +60,8 @@ def test_a_feed_forward_reads_the_stream_behind_the_mixer():
     ffn = FeedForward(AddNorm(DIM), nn.Linear(DIM, DIM))
     block = VimBlock(AddNorm(DIM), BidirectionalMamba(DIM, d_state=4), ffn=ffn).double()
     stream = torch.randn(2, 5, DIM, dtype=torch.float64)
-    x, residual = block(stream)
+    x, residual, found = block(stream)
+    assert torch.equal(found, stream)
     for layer in (block.mixer, block.ffn.layer):
         expected = stream
         normed = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5)

@@ -139,6 +139,17 @@ def test_features_pooling_and_classifier_are_forward(name):
 
 
 @every_kind
+def test_a_blocks_feature_is_the_stream_that_the_next_block_reads(name):
+    model, streams = make(name), []
+    for norm in [block.norm for block in model.blocks[1:]] + [model.norm]:
+        norm.register_forward_hook(lambda module, args, output: streams.append(output[1]))
+    _, features = model.forward_intermediates(images(), return_prefix_tokens=True, output_fmt="NLC")
+    for feature, stream in zip(features, streams, strict=True):
+        feature = torch.cat(feature[::-1], dim=1) if model.num_prefix_tokens else feature
+        assert torch.equal(feature, model.token_order.separate(stream))
+
+
+@every_kind
 def test_checkpointing_changes_nothing(name):
     model, x = make(name).train(), images()
     expected = gradients(model, x)

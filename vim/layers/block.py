@@ -1,5 +1,6 @@
 """The residual block of Vim."""
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -36,11 +37,12 @@ class _NoFeedForward(nn.Module):
 
 
 class VimBlock(nn.Module):
-    """Add, normalise, mix: (B, L, D), (B, L, D) -> (B, L, D), (B, L, D).
+    """Add, normalise, mix: (B, L, D), (B, L, D) -> three (B, L, D).
 
     The residual stream travels beside the tokens, and what a block computes joins it at the start
-    of the next one, so that addition and norm are one op. The stream after a block is therefore
-    the sum of the block's two outputs.
+    of the next one, so that addition and norm are one op. A block returns what it computed last,
+    the stream that this is to join, and the stream as the block found it: the sum of the first two
+    outputs of the block before it, of which `drop_path` may have dropped some items.
 
     Args:
         norm: adds to the stream and normalises it.
@@ -62,6 +64,25 @@ class VimBlock(nn.Module):
         self.mixer = mixer
         self.ffn = _NoFeedForward() if ffn is None else ffn
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, residual = self.norm(self.drop_path(x), residual)
-        return self.ffn(self.mixer(x), residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        x, stream = self.norm(self.drop_path(x), residual)
+        x, residual = self.ffn(self.mixer(x), stream)
+        return x, residual, stream
+
+    @torch.jit.ignore
+    def scan(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Return what `forward` does, of a chunk of a sequence, and the mixer's state after it.
+
+        Args:
+            x, residual: (B, L, D) as for `forward`.
+            state: of the mixer before the chunk, see `Mamba.scan`; None at the start.
+        """
+        x, stream = self.norm(self.drop_path(x), residual)
+        x, state = self.mixer.scan(x, state)
+        x, residual = self.ffn(x, stream)
+        return x, residual, stream, state

@@ -163,9 +163,16 @@ class MixtureOfExperts(nn.Module):
 
     def places(self, length: int) -> int:
         """Return S for images of `length` tokens."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
         # An expert is chosen by each token once at most.
-        return min(length, math.ceil(factor * self.top_k * length / self.num_experts))
+        return min(length, math.ceil(self._factor() * self.top_k * length / self.num_experts))
+
+    def _factor(self) -> float:
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    @torch.jit.ignore
+    def has_place_for_all(self) -> bool:
+        """Whether no choice is ever dropped, so that a token's result depends on it alone."""
+        return self._factor() * self.top_k >= self.num_experts
 
     def extra_repr(self) -> str:
         return (

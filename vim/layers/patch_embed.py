@@ -148,6 +148,13 @@ class PatchEmbed(nn.Module):
             x = F.pad(x, (0, right, 0, bottom))
         return self.proj(self.stem(x)).flatten(2).transpose(1, 2)
 
+    @torch.jit.ignore
+    def embed_chunk(self, x: Tensor) -> Tensor:
+        """Return what `forward` does, of a part of an image of any size that patches cover."""
+        sizes = (self.img_size, self.patch_size, self.patch_stride)
+        x = _checked(x, self.in_chans, *sizes, False, False)
+        return self.proj(self.stem(x)).flatten(2).transpose(1, 2)
+
 
 class ConvStem(PatchEmbed):
     """Image to patch tokens by overlapping convolutions: (B, C, H, W) -> (B, H' * W', D).
@@ -243,6 +250,17 @@ class ConvStem(PatchEmbed):
                 )
         if img_size is not None:
             self._set_img_size(img_size)
+
+    @torch.jit.ignore
+    def embed_chunk(self, x: Tensor) -> Tensor:
+        """Return what `forward` does: the stem sees over patches' borders, so not of a part."""
+        if x.shape[2:] != self.img_size:
+            raise ValueError(
+                f"the convolutional stem sees beyond a chunk's borders: give whole images of "
+                f"{self.img_size[0]}x{self.img_size[1]}, got {list(x.shape)}, or build the model "
+                "with embed_layer='patch'"
+            )
+        return self(x)
 
 
 EMBED_LAYERS: dict[str, type[PatchEmbed]] = {"patch": PatchEmbed, "conv": ConvStem}

@@ -11,13 +11,16 @@ from ._checkpoint import (
     to_official,
 )
 from ._flops import flops
+from .outputs import MambaCache, VisionMambaOutput
 from .pyramid import VisionMambaMaps, VisionMambaPyramid, pass_on_classification_weights
 from .vision_mamba import VisionMamba
 from .visual_tokens import visual_maps, visual_tokens
 
 __all__ = [
+    "MambaCache",
     "VisionMamba",
     "VisionMambaMaps",
+    "VisionMambaOutput",
     "VisionMambaPyramid",
     "backbone_weights",
     "flops",

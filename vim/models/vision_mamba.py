@@ -44,7 +44,9 @@ from vim.layers import (
     build_mixers,
 )
 
+from . import _streaming
 from ._checkpoint import checkpoint_filter_fn, load_state_dict_pre_hook
+from .outputs import MambaCache, VisionMambaOutput
 
 __all__ = ["VisionMamba"]
 
@@ -381,9 +383,9 @@ class VisionMamba(nn.Module):
         residual: Tensor | None = None
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, residual = checkpoint(block, x, residual)
+                x, residual, _ = checkpoint(block, x, residual)
             else:
-                x, residual = block(x, residual)
+                x, residual, _ = block(x, residual)
         x, _ = self.norm(self.drop_path(x), residual)
         return self.token_order.separate(x)
 
@@ -444,11 +446,11 @@ class VisionMamba(nn.Module):
         grid = self.patch_embed.dynamic_feat_size((size[0], size[1]))
         for i, block in enumerate(blocks):
             if self.grad_checkpointing:
-                x, residual = checkpoint(block, x, residual)
+                x, residual, found = checkpoint(block, x, residual)
             else:
-                x, residual = block(x, residual)
+                x, residual, found = block(x, residual)
             if i - 1 in take:
-                streams.append(residual)  # what this block has read: the stream before it
+                streams.append(found)
         final, residual = self.norm(self.drop_path(x), residual)
         if len(blocks) - 1 in take:
             streams.append(residual)
@@ -472,6 +474,79 @@ class VisionMamba(nn.Module):
         if with_prefix:
             features = list(zip(features, prefixes, strict=True))
         return features if intermediates_only else (final, features)
+
+    @torch.jit.ignore
+    def forward_outputs(
+        self, x: Tensor, output_hidden_states: bool = False, use_cache: bool = False
+    ) -> VisionMambaOutput:
+        """Return the final tokens, and on request those between the blocks and the mixers' states.
+
+        It stands for the `model(x, output_hidden_states=True, return_dict=True)` of transformers:
+        `forward` keeps timm's signature.
+
+        Args:
+            x: (B, C, H, W) images.
+            output_hidden_states: whether to return what each block reads.
+            use_cache: whether to return the states of mixers of one direction after the scan.
+
+        Raises:
+            ValueError: `use_cache` for a model without a mixer of one direction.
+        """
+        return _streaming.forward_outputs(self, x, output_hidden_states, use_cache)
+
+    @torch.jit.ignore
+    def scan(self, x: Tensor, cache: MambaCache | None = None) -> tuple[Tensor, MambaCache]:
+        """Return the patches of a chunk of a stream of images, and what is remembered after it.
+
+        A model whose mixers all read from the first token to the last ("mamba", "causal_mamba2")
+        takes a stream without end, chunk by chunk, in memory of constant size. What it gives is
+        what it would give for the patches of all chunks as one sequence, those of a chunk row by
+        row: an image in bands of whole rows gives what the whole image does, and the frames of a
+        video are read one after the other. Differentiable in the cache, too; `MambaCache.detach`
+        cuts the graph.
+
+        The class token is none or the last, which stands behind all patches: `read_class_token`.
+        A learned position embedding starts again after each `img_size` of patches (for a larger
+        one `set_input_size` resamples it); without one (`pos_embed="none"`) chunks have any shape.
+
+        Args:
+            x: (B, C, h, w) pixels; patches cover them exactly.
+            cache: what the call for the chunk before has returned; None at the start.
+
+        Returns:
+            (B, M, D) normed patches, and the cache, which is a new one.
+
+        Raises:
+            ValueError: a model that cannot, or a chunk that does not fit, saying why.
+        """
+        return _streaming.scan(self, x, cache)
+
+    @torch.jit.ignore
+    def step(self, x: Tensor, cache: MambaCache | None = None) -> tuple[Tensor, MambaCache]:
+        """Return the normed token of one patch, and the cache after it: `scan` with M = 1.
+
+        Args:
+            x: (B, C, h, w), the pixels of one patch.
+            cache: see `scan`.
+
+        Returns:
+            (B, D), and the cache.
+
+        Raises:
+            ValueError: see `scan`.
+        """
+        return _streaming.step(self, x, cache)
+
+    @torch.jit.ignore
+    def read_class_token(self, cache: MambaCache) -> Tensor:
+        """Return the normed class token behind all that `cache` remembers: (B, 1, D).
+
+        `forward_head` makes logits of it. The stream can go on: the cache stays as it is.
+
+        Raises:
+            ValueError: a model without a class token in the last place.
+        """
+        return _streaming.read_class_token(self, cache)
 
     @torch.jit.ignore
     def get_intermediate_layers(
