@@ -371,7 +371,7 @@ def _backward_chunk(scan: _Scan, variant: BackwardVariant) -> int:
     groups = -(-(scan.channels // scan.groups) // variant.block_channels) * scan.groups
     blocks = groups * scan.batch * scan.directions
     resident = variant.min_blocks * multiprocessors(scan.device.index)
-    if scan.length < 1024 or not 0 < 2 * blocks <= resident:
+    if not 0 < 2 * blocks <= resident:
         return max(scan.length, 1)
     tokens = -(-scan.length // (resident // blocks))
     return min(scan.length, max(64, -(-tokens // variant.tile) * variant.tile))

@@ -844,20 +844,25 @@ def _scan_blocks(state: int, channels: int) -> dict[str, int]:
     """How the scan from the first token to the last is shared out, where programs are many."""
     block_n = triton.next_power_of_2(state)
     block_d = min(64, max(8, 1024 // block_n), triton.next_power_of_2(channels))
-    warps = min(8, max(1, block_n * block_d // 1024))
-    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": 2, "num_warps": warps}
+    return _blocks(block_n, block_d)
+
+
+def _blocks(block_n: int, block_d: int) -> dict[str, int]:
+    """A warp for every 1,024 values of the state; fewer values leave registers for more tokens."""
+    tile = block_n * block_d
+    tokens = 8 if tile <= 128 else 2 if tile < 1024 else 1
+    warps = min(8, max(1, tile // 1024))
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": tokens, "num_warps": warps}
 
 
 def _forward_blocks(u, state: int, groups: int) -> dict[str, int]:
     """The same with fewer channels a program, where that would leave the GPU's schedulers idle."""
     batch, _, channels = u.shape
     blocks = _scan_blocks(state, channels // groups)
-    least, wanted = 4, 4 * _multiprocessors(u)
-    while blocks["BLOCK_D"] > least and batch * channels < blocks["BLOCK_D"] * wanted:
-        blocks["BLOCK_D"] //= 2
-    tile = blocks["BLOCK_N"] * blocks["BLOCK_D"]
-    blocks["num_warps"] = min(8, max(1, tile // 1024))
-    return blocks | ({"TOKENS": 8} if tile <= 128 else {})
+    block_d, least, wanted = blocks["BLOCK_D"], 4, 8 * _multiprocessors(u)
+    while block_d > least and batch * channels < block_d * wanted:
+        block_d //= 2
+    return _blocks(blocks["BLOCK_N"], block_d)
 
 
 def _backward_blocks(state: int, channels: int) -> dict[str, int]:
