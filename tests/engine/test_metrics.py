@@ -249,7 +249,7 @@ def test_bad_use():
         ClassificationMetric().evaluate(0)
     with pytest.raises(TypeError, match=r"hand \[outputs\], a list, to Evaluator.process"):
         Evaluator(ClassificationMetric()).process({"logits": 1, "targets": 2})
-    with pytest.raises(ValueError, match="must be of the model's 3 classes, got 2"):
+    with pytest.raises(ValueError, match="must be of the 3 classes, got 2"):
         report_of(*logits_and_targets(4, 3), class_names=["a", "b"])
     metric = ClassificationMetric()
     for classes in (3, 4):

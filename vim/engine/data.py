@@ -39,7 +39,7 @@ from ._image_sources import (
     prefix_of,
 )
 from ._image_transforms import ResolutionTransform, Transform, build_transform
-from ._keys import check_keys
+from ._keys import given_keys
 from .seeding import Stream, derived_seed, seeded
 
 __all__ = [
@@ -389,8 +389,7 @@ def build_dataset(
     Raises:
         ValueError: unknown keys, data that are not there or not what the config says.
     """
-    check_keys("dataset", cfg, DATASET_KEYS)
-    cfg = {key: value for key, value in cfg.items() if value is not None}
+    cfg = given_keys("dataset", cfg, DATASET_KEYS)
     cfg.setdefault("name", "")
     cfg.setdefault("split", "train" if is_training else "validation")
     check_applicable(cfg)
@@ -459,11 +458,7 @@ def build_loader(
     Raises:
         ValueError: unknown or contradictory keys, data that are not there, not one whole batch.
     """
-    check_keys("dataloader", cfg, LOADER_KEYS)
-    cfg = {key: value for key, value in cfg.items() if value is not None}
-    for key in ("dataset", "batch_size"):
-        if key not in cfg:
-            raise ValueError(f"a dataloader needs the key {key!r}, got only {sorted(cfg)}")
+    cfg = given_keys("dataloader", cfg, LOADER_KEYS, needed=("dataset", "batch_size"))
     if not is_training:
         for key in ("repeats", "resolutions", "mixed_resolutions", "drop_last"):
             if cfg.get(key):

@@ -10,7 +10,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ._dense import optional_libraries
 from ._encoders import build_maps
+from ._keys import check_keys
 from .preprocessing import Preprocessor
 
 __all__ = ["DetectionPreprocessor", "VimDetector"]
@@ -109,18 +111,9 @@ class VimDetector(BaseModel):
         if isinstance(data_preprocessor, Mapping):
             data_preprocessor = dict(data_preprocessor)
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
-        unknown = set(inference or {}) - INFERENCE_KEYS
-        if unknown:
-            raise ValueError(
-                f"model.inference has the keys {sorted(INFERENCE_KEYS)}, got {sorted(unknown)}"
-            )
-        try:
+        check_keys("model.inference", inference or {}, INFERENCE_KEYS)
+        with optional_libraries("detection"):
             from vim.heads.detector import Detector
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"detection needs {error.name}, which is not installed: "
-                'pip install "vim-mamba[dense]"'
-            ) from error
 
         self.backbone = Detector(
             build_maps(backbone),

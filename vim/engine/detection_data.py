@@ -19,9 +19,9 @@ from torch import Tensor
 from vim.heads.detection_transforms import DetectionTransform
 
 from ._annotations import Annotations, Fault, check, mask_of, read_coco, read_voc
+from ._dense import LOADER_KEYS, dataset_config, loader_config
 from ._files import Files, open_files
 from ._image_sources import TRAIN, decode
-from ._keys import check_keys
 from .data import ImageDataset, Loader, make_loader
 from .seeding import Stream, seeded
 
@@ -47,18 +47,6 @@ DATASET_KEYS = {
     "img_size",
 }
 AUGMENTATION = set(inspect.signature(DetectionTransform).parameters) - {"crop_size", "mean"}
-LOADER_KEYS = {
-    "task",
-    "dataset",
-    "batch_size",
-    "num_workers",
-    "crop_size",
-    "augmentation",
-    "mean",
-    "drop_last",
-    "persistent_workers",
-    "multiprocessing_context",
-}
 
 
 class DetectionSample(NamedTuple):
@@ -263,16 +251,10 @@ def build_dataset(
     Raises:
         ValueError: unknown keys, data that are not there or not what the config says.
     """
-    check_keys("dataset", cfg, DATASET_KEYS)
-    cfg = {key: value for key, value in cfg.items() if value is not None}
-    on_corrupt = cfg.get("on_corrupt", "skip" if is_training else "error")
-    name, num_samples = cfg.get("name", ""), cfg.get("num_samples")
-    if name not in ("", "made-up"):
-        raise ValueError(f"dataset.name must be '' (files in root) or 'made-up', got {name!r}")
-    if name == "made-up":
-        of_files = {"root", "layout", "annotations", "images", "classes", "keep_empty", "on_fault"}
-        for key in sorted(of_files & cfg.keys()):
-            raise ValueError(f"dataset.{key} has no effect on name='made-up': remove it")
+    of_files = {"root", "layout", "annotations", "images", "classes", "keep_empty", "on_fault"}
+    cfg = dataset_config(cfg, DATASET_KEYS, of_files, is_training)
+    num_samples = cfg.get("num_samples")
+    if cfg["name"] == "made-up":
         source = _MadeUpSource(
             num_samples or 64,
             cfg.get("num_classes", 3),
@@ -281,8 +263,6 @@ def build_dataset(
             cfg.get("masks", False),
         )
         num_samples = None
-    elif "img_size" in cfg:
-        raise ValueError("dataset.img_size is for name='made-up': remove it")
     else:
         source = _file_source(cfg, is_training)
     count = len(source.class_names)
@@ -292,7 +272,7 @@ def build_dataset(
             f"{', '.join(source.class_names[:10])}: correct num_classes or classes"
         )
     return DetectionDataset(
-        source, transform, on_corrupt=on_corrupt, num_samples=num_samples, seed=seed
+        source, transform, on_corrupt=cfg["on_corrupt"], num_samples=num_samples, seed=seed
     )
 
 
@@ -388,21 +368,11 @@ def build_loader(
     Raises:
         ValueError: unknown or contradictory keys, data that are not there, not one whole batch.
     """
-    check_keys("dataloader", cfg, LOADER_KEYS)
-    cfg = {key: value for key, value in cfg.items() if value is not None}
-    for key in ("dataset", "batch_size", *(("crop_size",) if is_training else ())):
-        if key not in cfg:
-            raise ValueError(f"a dataloader needs the key {key!r}, got only {sorted(cfg)}")
-    augmentation = cfg.get("augmentation", {})
-    check_keys("augmentation", augmentation, AUGMENTATION)
+    cfg = loader_config(cfg, LOADER_KEYS, AUGMENTATION, is_training)
     transform = None
     if is_training:
         mean = cfg.get("mean", IMAGENET_DEFAULT_MEAN)
-        transform = DetectionTransform(cfg["crop_size"], mean=mean, **augmentation)
-    else:
-        for key in ("crop_size", "augmentation", "drop_last"):
-            if cfg.get(key):
-                raise ValueError(f"{key} is for training: an evaluation takes every image whole")
+        transform = DetectionTransform(cfg["crop_size"], mean=mean, **cfg["augmentation"])
     dataset = build_dataset(cfg["dataset"], transform, is_training, seed=seed)
     return make_loader(
         dataset,

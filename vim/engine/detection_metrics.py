@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .drawing import draw_objects, with_legend
 from .inference import atomic_write
-from .metrics import markdown
+from .metrics import markdown, names_of
 
 __all__ = [
     "DetectionMetric",
@@ -378,13 +378,7 @@ class DetectionMetric(BaseMetric):
     def compute_metrics(self, results: Sequence[Any]) -> dict[str, float]:
         targets, detections, classes, masks, shown = results
         meta = self.dataset_meta or {}
-        names = self.class_names
-        if names is not None and len(names) != classes:
-            raise ValueError(f"class_names must be of the {classes} classes, got {len(names)}")
-        if names is None:
-            names = meta.get("classes") or ()
-        if len(names) != classes:
-            names = [f"class {index}" for index in range(classes)]
+        names = names_of(self, classes)
         highest = max(
             (each["label"] for target in targets for each in target["annotations"]), default=0
         )

@@ -353,7 +353,7 @@ class ClassificationMetric(BaseMetric):
         if not results:
             raise ValueError("no image was evaluated: is the data's folder or split empty?")
         columns = [torch.cat(column).cpu() for column in list(zip(*results, strict=True))[:-1]]
-        self.report = EvaluationReport(*columns, class_names=self._names(classes.pop()))
+        self.report = EvaluationReport(*columns, class_names=names_of(self, classes.pop()))
         return self.report.scalars()
 
     def evaluate(self, size: int) -> dict[str, float]:
@@ -371,16 +371,20 @@ class ClassificationMetric(BaseMetric):
             logger.warning("evaluated %d images of a dataset of %d", images, size)
         return {f"{self.prefix}/{k}" if self.prefix else k: v for k, v in figures.items()}
 
-    def _names(self, classes: int) -> Sequence[str]:
-        names = self.class_names
-        if names is not None and len(names) != classes:
-            raise ValueError(
-                f"class_names must be of the model's {classes} classes, got {len(names)}"
-            )
-        if names is None:
-            names = (self.dataset_meta or {}).get("classes") or ()
-        # A model may know more classes than the data have.
-        return names if len(names) == classes else [f"class {index}" for index in range(classes)]
+
+def names_of(metric: BaseMetric, classes: int) -> Sequence[str]:
+    """Return a name for each class: a metric's `class_names`, or those of its `dataset_meta`.
+
+    Raises:
+        ValueError: `class_names` of another number of classes.
+    """
+    names = metric.class_names
+    if names is not None and len(names) != classes:
+        raise ValueError(f"class_names must be of the {classes} classes, got {len(names)}")
+    if names is None:
+        names = (metric.dataset_meta or {}).get("classes") or ()
+    # A model may know more classes than the data have.
+    return names if len(names) == classes else [f"class {index}" for index in range(classes)]
 
 
 @torch.no_grad()

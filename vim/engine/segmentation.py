@@ -12,7 +12,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ._dense import optional_libraries
 from ._encoders import build_pyramid
+from ._keys import check_keys
 from .preprocessing import Preprocessor
 from .segmentation_metrics import VOID
 
@@ -99,18 +101,9 @@ class VimSegmenter(BaseModel):
         if isinstance(data_preprocessor, Mapping):
             data_preprocessor = dict(data_preprocessor)
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
-        unknown = set(inference or {}) - INFERENCE_KEYS
-        if unknown:
-            raise ValueError(
-                f"model.inference has the keys {sorted(INFERENCE_KEYS)}, got {sorted(unknown)}"
-            )
-        try:
+        check_keys("model.inference", inference or {}, INFERENCE_KEYS)
+        with optional_libraries("segmentation"):
             from vim.heads.segmenter import Segmenter
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"segmentation needs {error.name}, which is not installed: "
-                'pip install "vim-mamba[dense]"'
-            ) from error
 
         encoder = build_pyramid(backbone)
         self.backbone = Segmenter(

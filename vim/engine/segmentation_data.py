@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vim.heads.segmentation_transforms import VOID, EvaluationTransform, TrainingTransform
 
+from . import _dense
 from ._files import Files, open_files
 from ._image_sources import TRAIN, decode, image_extensions
-from ._keys import check_keys
 from .data import ImageDataset, Loader, make_loader
 from .images import FORMATS
 from .seeding import Stream, seeded
@@ -46,19 +46,7 @@ DATASET_KEYS = {
 }
 AUGMENTATION = set(inspect.signature(TrainingTransform).parameters) - {"crop_size", "mean"}
 AUGMENTATION -= {"short_side"}  # of evaluation, too
-LOADER_KEYS = {
-    "task",
-    "dataset",
-    "batch_size",
-    "num_workers",
-    "crop_size",
-    "short_side",
-    "augmentation",
-    "mean",
-    "drop_last",
-    "persistent_workers",
-    "multiprocessing_context",
-}
+LOADER_KEYS = _dense.LOADER_KEYS | {"short_side"}
 MASK_MODES = ("1", "L", "P", "I", "I;16")
 UNKNOWN = -1
 
@@ -273,16 +261,10 @@ def build_dataset(
     Raises:
         ValueError: unknown keys, data that are not there or not what the config says.
     """
-    check_keys("dataset", cfg, DATASET_KEYS)
-    cfg = {key: value for key, value in cfg.items() if value is not None}
-    on_corrupt = cfg.get("on_corrupt", "skip" if is_training else "error")
-    name, num_samples = cfg.get("name", ""), cfg.get("num_samples")
-    if name not in ("", "made-up"):
-        raise ValueError(f"dataset.name must be '' (files in root) or 'made-up', got {name!r}")
-    if name == "made-up":
-        for key in ("root", "layout", "classes", "reduce_zero_label"):
-            if key in cfg:
-                raise ValueError(f"dataset.{key} has no effect on name='made-up': remove it")
+    of_files = {"root", "layout", "classes", "reduce_zero_label"}
+    cfg = _dense.dataset_config(cfg, DATASET_KEYS, of_files, is_training)
+    num_samples = cfg.get("num_samples")
+    if cfg["name"] == "made-up":
         source = _MadeUpSource(
             num_samples or 256,
             cfg.get("num_classes", 4),
@@ -290,16 +272,14 @@ def build_dataset(
             cfg.get("split", "train" if is_training else "val"),
         )
         num_samples = None
-    elif "img_size" in cfg:
-        raise ValueError("dataset.img_size is for name='made-up': remove it")
     else:
-        source = _file_source(cfg, is_training, on_corrupt)
+        source = _file_source(cfg, is_training)
     return SegmentationDataset(
-        source, transform, on_corrupt=on_corrupt, num_samples=num_samples, seed=seed
+        source, transform, on_corrupt=cfg["on_corrupt"], num_samples=num_samples, seed=seed
     )
 
 
-def _file_source(cfg: Mapping[str, Any], is_training: bool, on_corrupt: str) -> _MaskSource:
+def _file_source(cfg: Mapping[str, Any], is_training: bool) -> _MaskSource:
     layout_name, root = cfg.get("layout", "folders"), str(cfg.get("root", ""))
     if layout_name not in LAYOUTS:
         raise ValueError(f"dataset.layout must be one of {', '.join(LAYOUTS)}, got {layout_name!r}")
@@ -328,7 +308,7 @@ def _file_source(cfg: Mapping[str, Any], is_training: bool, on_corrupt: str) -> 
     lone = [m for m in files.below(masks) if m.endswith(layout.mask_tail) and m not in known]
     if lone:
         message = f"{len(lone)} masks have no image, the first {files.label(lone[0])}"
-        if on_corrupt == "error":
+        if cfg["on_corrupt"] == "error":
             raise ValueError(f"{message}: remove them, or set dataset.on_corrupt='skip'")
         logger.warning("%s: they are not used", message)
     names = _class_names(cfg, files, layout)
@@ -422,24 +402,15 @@ def build_loader(
     Raises:
         ValueError: unknown or contradictory keys, data that are not there, not one whole batch.
     """
-    check_keys("dataloader", cfg, LOADER_KEYS)
-    cfg = {key: value for key, value in cfg.items() if value is not None}
-    for key in ("dataset", "batch_size", *(("crop_size",) if is_training else ())):
-        if key not in cfg:
-            raise ValueError(f"a dataloader needs the key {key!r}, got only {sorted(cfg)}")
-    augmentation = cfg.get("augmentation", {})
-    check_keys("augmentation", augmentation, AUGMENTATION)
+    cfg = _dense.loader_config(cfg, LOADER_KEYS, AUGMENTATION, is_training)
     if is_training:
         transform = TrainingTransform(
             cfg["crop_size"],
             short_side=cfg.get("short_side"),
             mean=cfg.get("mean", IMAGENET_DEFAULT_MEAN),
-            **augmentation,
+            **cfg["augmentation"],
         )
     else:
-        for key in ("crop_size", "augmentation", "drop_last"):
-            if cfg.get(key):
-                raise ValueError(f"{key} is for training: an evaluation takes every image whole")
         transform = EvaluationTransform(cfg.get("short_side"))
     dataset = build_dataset(cfg["dataset"], transform, is_training, seed=seed)
     return make_loader(

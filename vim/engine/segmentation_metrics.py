@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .drawing import overlay, palette
 from .inference import atomic_write
-from .metrics import markdown
+from .metrics import markdown, names_of
 
 __all__ = [
     "VOID",
@@ -245,13 +245,7 @@ class SegmentationMetric(BaseMetric):
                     "num_classes of the data, and, if predictions are, look for outputs of the "
                     "model that are not finite (float16 overflows; evaluate in bfloat16 or float32)"
                 )
-        names = self.class_names
-        if names is not None and len(names) != classes:
-            raise ValueError(f"class_names must be of the {classes} classes, got {len(names)}")
-        if names is None:
-            names = (self.dataset_meta or {}).get("classes") or ()
-        if len(names) != classes:
-            names = [f"class {index}" for index in range(classes)]
+        names = names_of(self, classes)
         self.report = SegmentationReport(counts[:classes, :classes], images, names, shown)
         return self.report.scalars()
 
