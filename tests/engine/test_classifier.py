@@ -154,11 +154,6 @@ def test_experts_add_their_load_balance_loss():
     assert all(grad.abs().sum() > 0 for grad in routers)
 
 
-def test_experts_take_no_cuda_graph():
-    with pytest.raises(ValueError, match="cuda_graph"):
-        VimClassifier(MOE, cuda_graph=True)
-
-
 def test_a_convolutional_stem_for_any_of_our_models():
     options = {"img_size": 32, "depth": 1, "embed_layer": "conv"}
     for name in ("mamba_tiny_patch16_224", "vim_tiny_patch16_224", "deit_tiny_patch16_224"):

@@ -7,6 +7,10 @@ from torch import nn
 
 import vim  # noqa: F401, registers the models
 from vim.engine.training_graph import TrainingGraph
+from vim.layers import MixtureOfExperts, load_balance_loss
+
+MIXERS = ("attention", "gated_conv", "gru", "hybrid", "lstm", "mamba", "mamba2", "moe_mamba")
+MIXERS += ("mamba_alternating", "rnn", "s4d")
 
 
 def test_without_a_gpu_it_is_the_module():
@@ -53,3 +57,40 @@ def test_evaluation_and_stochastic_depth():
     model.eval()
     with torch.no_grad():
         assert torch.equal(run(images), model(images))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_has_a_graph(name):
+    """Loss and gradients are those of the module, up to the order of additions."""
+    options = {"img_size": 64, "depth": 2, "num_classes": 5}
+    model = timm.create_model(f"{name}_tiny_patch16_224", **options).cuda()
+    run, results = TrainingGraph(model), []
+    for images in torch.randn(2, 4, 3, 64, 64, device="cuda"):
+        for call in (run, model):
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = call(images).float().square().mean() + 0.1 * load_balance_loss(model)
+            loss.backward()
+            results.append((loss.detach(), *(p.grad.clone() for p in model.parameters())))
+    for graphed, eager in (results[:2], results[2:]):
+        torch.testing.assert_close(graphed, eager, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_counters_of_experts_after_a_replay():
+    torch.manual_seed(0)
+    options = {"img_size": 64, "depth": 2, "num_classes": 5}
+    model = timm.create_model("moe_mamba_tiny_patch16_224", **options).cuda()
+    run = TrainingGraph(model)
+    layers = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    for images in torch.randn(3, 4, 3, 64, 64, device="cuda"):
+        with torch.no_grad():
+            model(torch.zeros_like(images))  # what a validation between two steps leaves
+        run(images)
+        counted = [(m.load.clone(), m.dropped.clone()) for m in layers]
+        model(images)
+        for (load, dropped), layer in zip(counted, layers, strict=True):
+            assert torch.equal(load, layer.load)
+            assert torch.equal(dropped, layer.dropped)
+            assert load.sum() + dropped == 4 * 17

@@ -117,8 +117,7 @@ class VimClassifier(BaseModel):
         load_balance: factor of the load-balance loss of mixtures of experts, where the backbone has
             them.
         cuda_graph: whether a GPU replays the backbone's forward and backward in training, see
-            `TrainingGraph`; for one process, without `grad_checkpointing`, `torch.compile` and
-            mixtures of experts.
+            `TrainingGraph`; for one process, without `grad_checkpointing` and `torch.compile`.
         data_preprocessor: config of `VimPreprocessor`.
     """
 
@@ -138,11 +137,6 @@ class VimClassifier(BaseModel):
         self.backbone = build_backbone(backbone)
         self.load_balance = load_balance
         self.has_experts = any(isinstance(m, MixtureOfExperts) for m in self.backbone.modules())
-        if cuda_graph and self.has_experts:
-            raise ValueError(
-                "model.cuda_graph=True has no gradient of the load-balance loss: leave it out for "
-                "a backbone with mixtures of experts"
-            )
         self.cuda_graph = cuda_graph
         self._training_graph: TrainingGraph | None = None
         self.loss = build_loss(**(loss or {"kind": "cross-entropy"}))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vim.layers import MixtureOfExperts
+
 __all__ = ["TrainingGraph"]
 
 
@@ -15,7 +17,8 @@ class TrainingGraph:
     A small model's kernels end sooner than Python starts the next. The graphs are captured at the
     first such call, for its shape of images and under its autocast; images of other shapes, and all
     else, go through the module itself. Random numbers, such as stochastic depth's, are drawn anew
-    at every replay. Gradients arrive as from the module.
+    at every replay. Gradients arrive as from the module. Mixtures of experts have `aux_loss`, with
+    its gradient, `load` and `dropped` after a replay, too, until the next one overwrites them.
 
     Args:
         module: what takes images (B, C, H, W) and returns a tensor. Its parameters may change their
@@ -24,7 +27,8 @@ class TrainingGraph:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._graphed: Callable[[Tensor], Tensor] | None = None
+        self._experts = [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
+        self._graphed: Callable[[Tensor], tuple[Tensor, ...]] | None = None
         self._captured: tuple | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -33,9 +37,14 @@ class TrainingGraph:
         call = images.shape, images.dtype, images.device
         if self._graphed is None:
             self._graphed, self._captured = self._capture(images), call
-        return self._graphed(images) if call == self._captured else self.module(images)
+        if call != self._captured:
+            return self.module(images)
+        output, *left = self._graphed(images)
+        for i, experts in enumerate(self._experts):
+            experts.aux_loss, experts.load, experts.dropped = left[3 * i : 3 * i + 3]
+        return output
 
-    def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+    def _capture(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
             # Gradients arise on the stream of the capture, and are added up on the current one.
@@ -47,8 +56,21 @@ class TrainingGraph:
         ):
             # Said of the thread of the backward, where nothing has used the device yet.
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
-            torch.cuda.make_graphed_callables(self.module, (images.detach().clone(),))
-        # It has put the replay in the place of the module's method, where copies would share it.
-        replay = self.module.forward
-        del self.module.forward
-        return replay
+            # It puts the replay in the place of a module's method, where copies would share it.
+            return torch.cuda.make_graphed_callables(
+                _WithExperts(self.module, self._experts), (images.detach().clone(),)
+            )
+
+
+class _WithExperts(nn.Module):
+    """Return what a module returns, and what its mixtures of experts leave behind."""
+
+    def __init__(self, module: nn.Module, experts: list[MixtureOfExperts]) -> None:
+        super().__init__()
+        self.module = module
+        self.experts = tuple(experts)  # registered with the module already
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        output = self.module(images)
+        left = [x for m in self.experts for x in (m.aux_loss, m.load, m.dropped)]
+        return output, *left
