@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -11,8 +12,8 @@ class _Recurrent(nn.Module):
     """Mix tokens by a recurrent network in both directions: (B, L, dim) -> (B, L, dim).
 
     The states of the two directions, side by side, are projected back to `dim`. PyTorch computes
-    the network, cuDNN on a GPU. `torch.compile` leaves it outside its graphs; with
-    `torch._dynamo.config.allow_rnn = True` it takes it in, one step after another.
+    the network, cuDNN on a GPU, in the dtype of its weights. `torch.compile` leaves it outside its
+    graphs; with `torch._dynamo.config.allow_rnn = True` it takes it in, one step after another.
 
     Args:
         dim: features of the tokens.
@@ -32,7 +33,13 @@ class _Recurrent(nn.Module):
         self.out_proj = nn.Linear(2 * hidden_size, dim, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.rnn(x)[0])
+        x = x.to(self.rnn.weight_ih_l0.dtype)
+        if torch.jit.is_scripting():
+            return self.out_proj(self.rnn(x)[0])
+        # Autocast of any dtype has cuDNN compute in float16, where gradients vanish.
+        with torch.autocast("cuda", enabled=False):
+            y = self.rnn(x)[0]
+        return self.out_proj(y)
 
 
 class LSTM(_Recurrent):
