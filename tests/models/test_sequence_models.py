@@ -204,15 +204,53 @@ def test_fx(name):
     torch.testing.assert_close(traced(x)["logits"], model(x))
 
 
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
 @every_kind
 def test_torchscript(name):
     model, x = make(name), images()
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    torch.testing.assert_close(saved_and_loaded(model)(x), model(x))
+    model.train()
+    torch.testing.assert_close(gradients(saved_and_loaded(model), x), gradients(model, x))
+
+
+@pytest.mark.parametrize(
+    "kind", [k.split("_tiny_")[0] for k in TINY if not k.startswith(RECURRENT)]
+)
+def test_export_of_any_batch(kind):
+    model, x = make(f"{kind}_tiny_patch16_224"), images(2)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}}
+        )
+        for batch in (1, 2, 5):
+            x = images(batch)
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "mixer", [{"name": "causal_mamba2"}, {"name": "attention", "window_size": 5}], ids=str
+)
+def test_ways_of_running_mixers_without_a_preset(mixer):
+    model, x = make("attention_tiny_patch16_224", mixer=mixer), images()
+    expected = model(x)
+    torch.testing.assert_close(saved_and_loaded(model)(x), expected)
+    traced = create_feature_extractor(model, {get_graph_node_names(model)[1][-1]: "logits"})
+    torch.testing.assert_close(traced(x)["logits"], expected)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    with torch.no_grad():
+        shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    x = images(5)
+    torch.testing.assert_close(program(x), model(x))
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "mamba2", "moe_mamba", "s4d"])
