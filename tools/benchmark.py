@@ -51,6 +51,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--executions", nargs="+", choices=EXECUTIONS, default=["eager"])
     parser.add_argument("--repeats", type=positive_int, default=5, help="of each case")
     parser.add_argument("--seconds", type=float, default=0.3, help="that a repeat lasts")
+    parser.add_argument(
+        "--patience", type=float, default=math.inf, help="skip a case whose step takes more seconds"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder")
     return parser, parser.parse_args(argv)
@@ -60,8 +63,8 @@ def plot(results: Sequence[Result]) -> Figure:
     """Draw speed and memory against resolution: a column a batch size, a line a model.
 
     Models whose names begin alike are a family, and have a style of line; colours go by the order
-    in a family. A star stands where a model of the first family overtakes for good the one that has
-    its place in another.
+    in a family. Where no two are alike, each has a colour. Of two families, a star stands where a
+    model of the first overtakes for good the one that has its place in the other.
     """
     sizes = sorted({result.case.img_size for result in results})
     batches = sorted({result.case.batch_size for result in results})
@@ -81,15 +84,14 @@ def plot(results: Sequence[Result]) -> Figure:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)
             lines = _lines(result for result in results if result.case.batch_size == batch)
-            for family, style in zip(families.values(), itertools.cycle(("-", "--", ":", "-."))):
-                for place, model in enumerate(family):
-                    line = lines.get(model, [])
-                    axes.plot(
-                        [result.case.img_size for result in line],
-                        [getattr(result, quantity) for result in line],
-                        f"o{style}C{place}",
-                        label=model,
-                    )
+            for model, style in _styles(families).items():
+                line = lines.get(model, [])
+                axes.plot(
+                    [result.case.img_size for result in line],
+                    [getattr(result, quantity) for result in line],
+                    style,
+                    label=model,
+                )
             if quantity == "images_per_second":
                 axes.set_title(f"batch {batch}")
                 for first, other in _rivals(families):
@@ -97,10 +99,19 @@ def plot(results: Sequence[Result]) -> Figure:
             else:
                 axes.set_xlabel("pixels a side")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(families))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(families), 4))
     case = results[0].case
     figure.suptitle(f"{case.task}, {case.dtype}, {case.execution}")
     return figure
+
+
+def _styles(families: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return how the line of each model is drawn."""
+    if max(map(len, families.values())) == 1:
+        models = [model for family in families.values() for model in family]
+        return {model: f"o{'-' if i < 10 else '--'}C{i % 10}" for i, model in enumerate(models)}
+    pairs = zip(families.values(), itertools.cycle(("-", "--", ":", "-.")))
+    return {model: f"o{style}C{i}" for family, style in pairs for i, model in enumerate(family)}
 
 
 def _lines(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -112,8 +123,10 @@ def _lines(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def _rivals(families: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """Return each model of the first family with the one in its place in every other."""
+    """Return each model of the first family with the one in its place in the other, of two."""
     first, *others = families.values()
+    if len(others) > 1:
+        return []
     return [pair for other in others for pair in zip(first, other)]  # noqa: B905, some are shorter
 
 
@@ -146,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         speed = result.skipped or f"{result.images_per_second:,.1f} images/s"
         logger.info("%s: %s", " ".join(map(str, vars(result.case).values())), speed)
 
-    results = benchmark(cases, device, arguments.repeats, arguments.seconds, report)
+    results = benchmark(
+        cases, device, arguments.repeats, arguments.seconds, report, arguments.patience
+    )
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     table = to_markdown(results)

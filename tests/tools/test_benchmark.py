@@ -44,6 +44,13 @@ def test_nothing_measured(tool, tmp_path):
     assert tool.main([*arguments, *ARGUMENTS]) == 1
 
 
+def test_what_takes_too_long_is_skipped(tool, tmp_path, capsys):
+    models = ["--models", "rnn_tiny_patch16_224", "--img-sizes", "32", "--batch-sizes", "1"]
+    folder = ["--output", str(tmp_path), "--patience", "0"]
+    assert tool.main([*models, *folder, *ARGUMENTS]) == 1
+    assert "longer than 0 s" in capsys.readouterr().out
+
+
 def test_bad_arguments(tool, capsys):
     with pytest.raises(SystemExit) as exit_:
         tool.main(["--models", "vim_tinny", *ARGUMENTS])

@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from math import exp, log
+from math import exp, inf, log
 
 import timm
 import torch
@@ -131,6 +131,7 @@ def benchmark(
     repeats: int = 5,
     seconds: float = 0.3,
     on_result: Callable[[Result], None] = lambda result: None,
+    patience: float = inf,
 ) -> list[Result]:
     """Measure every case; those that differ only in the model are timed in turn.
 
@@ -139,6 +140,7 @@ def benchmark(
         repeats: of each case.
         seconds: that a repeat lasts, at least one step.
         on_result: called with each result as soon as there is one.
+        patience: seconds; a case whose step takes longer is skipped.
 
     Returns:
         results in the order of `cases`; what cannot run (too large, unsupported) says why.
@@ -147,7 +149,7 @@ def benchmark(
     for _, group in itertools.groupby(sorted(cases, key=_comparable), key=_comparable):
         runs = [_Run(case, device) for case in group]
         for run in runs:
-            run.prepare()
+            run.prepare(patience)
         for _ in range(repeats):
             for run in runs:
                 run.repeat(seconds)
@@ -160,6 +162,10 @@ def benchmark(
 
 def _comparable(case: Case) -> tuple:
     return case.task, case.dtype, case.execution, case.img_size, case.batch_size
+
+
+class _TooSlow(Exception):
+    """A step takes longer than there is patience for."""
 
 
 class _Run:
@@ -181,6 +187,8 @@ class _Run:
                 yield
         except torch.cuda.OutOfMemoryError:
             self.skipped = "out of memory"
+        except _TooSlow as reason:
+            self.skipped = str(reason)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             self.skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if self.skipped is not None:
@@ -194,7 +202,7 @@ class _Run:
     def _graphed_training(self) -> bool:
         return self.case.task == "training" and self.case.execution == "cuda-graph"
 
-    def prepare(self) -> None:
+    def prepare(self, patience: float) -> None:
         if self.skipped is None:
             with self._skipping():
                 on_gpu = self.device.type == "cuda"
@@ -203,8 +211,11 @@ class _Run:
                 before = torch.cuda.memory_allocated(self.device) if on_gpu else 0
                 self.step, self.model = _make_step(self.case, self.device)
                 self.parameters = sum(p.numel() for p in self.model.parameters())
-                for _ in range(3):
-                    self.step()
+                # Of the first two steps, one may compile.
+                warmup = min(_time_ms(self.step, self.device) for _ in range(2)) / 1e3
+                if warmup > patience:
+                    raise _TooSlow(f"a step takes {warmup:.1f} s, longer than {patience:g} s")
+                self.step()
                 if on_gpu and not self._graphed_training:
                     torch.cuda.synchronize(self.device)
                     torch.cuda.reset_peak_memory_stats(self.device)
