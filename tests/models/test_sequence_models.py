@@ -222,11 +222,9 @@ def test_torchscript(name):
 
 # What a pass leaves in the experts' layers is no part of a program, and PyTorch says so.
 @pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export")
-@pytest.mark.parametrize(
-    "kind", [k.split("_tiny_")[0] for k in TINY if not k.startswith(RECURRENT)]
-)
-def test_export_of_any_batch(kind):
-    model, x = make(f"{kind}_tiny_patch16_224"), images(2)
+@every_kind
+def test_export_of_any_batch(name):
+    model, x = make(name), images(2)
     with torch.no_grad():
         program = torch.export.export(
             model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}}
