@@ -307,6 +307,21 @@ def test_flops_by_hand(name):
     assert vim.flops(model) == pytest.approx(rest + weights + depth * own, rel=1e-6)
 
 
+def test_flops_of_mixers_without_a_preset():
+    """By what they add to attention over all 17 tokens, and to Mamba-2 of both directions."""
+    dim, depth, inner, tokens = 64, 2, 128, 17
+
+    def flops(mixer):
+        return vim.flops(make("attention_tiny_patch16_224", mixer=mixer, ffn="none"))
+
+    windows = {"name": "attention", "window_size": 5}
+    assert flops("attention") - flops(windows) == depth * 4 * dim * (17 * 17 - (3 * 5 * 5 + 2 * 2))
+    size = 24  # tokens of the one chunk
+    chunk = 2 * size * size * (64 + inner) + 4 * size * 64 * inner + 2 * 2 * 4 * 64 * 64
+    one = chunk + 2 * 4 * (inner + 128) * tokens + 2 * dim * (128 + 2) * tokens
+    assert flops("mamba2") - flops("causal_mamba2") == depth * one
+
+
 # Choices of a model
 
 

@@ -1,6 +1,7 @@
 """What a model returns beside tokens: hidden states, caches; and reading a stream in chunks."""
 
 import pytest
+import timm
 import torch
 
 from vim import VisionMamba
@@ -216,6 +217,15 @@ def test_a_strip_of_any_length_needs_a_cache_of_one_size(height):
     whole = with_class_token(model, tokens, cache)
     torch.testing.assert_close(whole, model.forward_features(row))
     torch.testing.assert_close(model.forward_head(whole), model(row))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_mambas_presets_read_streams(size):
+    name, options = f"mamba_{size}_patch16_224", {"img_size": 64, "depth": 2, "num_classes": 3}
+    model, x = timm.create_model(name, **options).eval(), images(64, 64).float()
+    tokens, cache = read(model, x.split(16, dim=2))
+    logits = model.forward_head(with_class_token(model, tokens, cache))
+    torch.testing.assert_close(logits, model(x))
 
 
 def test_frames_share_their_positions():
