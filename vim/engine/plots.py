@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-__all__ = ["calibration_figure", "confusion_figure", "curves_figure"]
+__all__ = ["calibration_figure", "comparison_figure", "confusion_figure", "curves_figure"]
 
 NAMED = 40
 """Most classes whose names stand at the axes of a confusion matrix."""
@@ -166,3 +166,32 @@ def _line(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, label: str
         # Few points need their marks to be seen.
         marker = "." if len(points) < 30 else ""
         axes.plot(*zip(*points, strict=True), marker=marker, label=label)
+
+
+def comparison_figure(groups: Mapping[str, Sequence[Any]]) -> Figure:
+    """Draw the accuracy of several models against seconds of training and against parameters.
+
+    Args:
+        groups: by model the runs that differ by seed, each with `curve`, `top1` and `parameters`
+            (see `vim.engine.comparison.Run`). Every run has a line and a point.
+    """
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for i, (name, runs) in enumerate(groups.items()):
+        colour, style = f"C{i % 10}", "-" if i < 10 else "--"
+        for run in runs:
+            label = name if run is runs[0] else None
+            left.plot(*zip(*run.curve, strict=True), style, color=colour, label=label, lw=1.2)
+            right.plot(run.parameters, run.top1, "o", color=colour)
+        best = max(runs, key=lambda run: run.top1)
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": colour}
+        right.annotate(name, (best.parameters, best.top1), fontsize="small", **place)
+    left.set(xlabel="seconds of training, validations included", ylabel="top-1, %", xlim=(0, None))
+    right.set(xlabel="parameters", xscale="log")
+    right.xaxis.set_major_formatter(EngFormatter())
+    right.xaxis.set_minor_formatter(EngFormatter())
+    right.margins(x=0.2)
+    left.legend(fontsize="small", ncols=2)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
