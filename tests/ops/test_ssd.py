@@ -183,3 +183,11 @@ def test_the_other_direction_is_the_flipped_sequence(case):
     options = {"initial_state": h, "return_final_state": True, "chunk_size": chunk}
     y, state = ssd(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), **options)
     torch.testing.assert_close(ssd(x, dt, A, B, C, reverse=True, **options), (y.flip(1), state))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_opcheck(reverse):
+    inputs, h, chunk = make((2, 9, 2, 3, 4, 8))
+    tensors = [t.requires_grad_() for t in (*inputs, h)]
+    torch.library.opcheck(torch.ops.vim.ssd.default, (*tensors, chunk, reverse))
