@@ -12,6 +12,7 @@ DIM = 16
 OPTIONS = {
     "attention": {"head_dim": 8},
     "mamba2": {"head_dim": 8, "d_state": 4, "chunk_size": 8},
+    "mamba3": {"head_dim": 8, "d_state": 4, "chunk_size": 8},
     "causal_mamba2": {"head_dim": 8, "d_state": 4, "chunk_size": 8},
     "s4d": {"d_state": 6},
     "bimamba": {"d_state": 4},
@@ -30,7 +31,7 @@ LAYERS["moe_top2"] = partial(LAYERS["moe"], top_k=2)
 LAYERS["s4d_inv"] = partial(LAYERS["s4d"], init="inv")
 LAYERS["s4d_real"] = partial(LAYERS["s4d"], init="real")
 every_layer = pytest.mark.parametrize("name", LAYERS)
-EVERY_TOKEN = {"attention", "bimamba", "gru", "lstm", "mamba2", "rnn", "s4d"}
+EVERY_TOKEN = {"attention", "bimamba", "gru", "lstm", "mamba2", "mamba3", "rnn", "s4d"}
 
 
 def make(name, dtype=torch.float64, **kwargs):

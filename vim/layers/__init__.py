@@ -10,6 +10,7 @@ from .components import FFNS, MIXERS, Component, build_ffns, build_mixers
 from .gated_conv import GatedConv
 from .mamba import BidirectionalMamba, MambaBranch
 from .mamba2 import BidirectionalMamba2
+from .mamba3 import BidirectionalMamba3
 from .moe import MixtureOfExperts, load_balance_loss
 from .patch_embed import EMBED_LAYERS, ConvStem, PatchEmbed
 from .projectors import PROJECTORS, LDPProjector, MLPProjector, build_projector
@@ -31,6 +32,7 @@ __all__ = [
     "Attention",
     "BidirectionalMamba",
     "BidirectionalMamba2",
+    "BidirectionalMamba3",
     "CausalConv1d",
     "Component",
     "ConvStem",

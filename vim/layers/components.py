@@ -14,6 +14,7 @@ from .feed_forward import mlp, swiglu
 from .gated_conv import GatedConv
 from .mamba import BidirectionalMamba
 from .mamba2 import BidirectionalMamba2
+from .mamba3 import BidirectionalMamba3
 from .moe import MixtureOfExperts
 from .recurrent import GRU, LSTM, RNN
 from .s4d import S4D
@@ -33,6 +34,7 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "lstm": LSTM,
     "mamba": Mamba,
     "mamba2": BidirectionalMamba2,
+    "mamba3": BidirectionalMamba3,
     "rnn": RNN,
     "s4d": S4D,
 }

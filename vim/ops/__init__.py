@@ -6,6 +6,7 @@ from .bidirectional_mixer import bidirectional_mixer, bidirectional_mixer_refere
 from .causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_update
 from .selective_scan import selective_scan, selective_scan_reference, selective_state_update
 from .ssd import ssd, ssd_reference
+from .ssd_trapezoidal import ssd_trapezoidal, ssd_trapezoidal_reference
 
 from . import _flops  # noqa: F401, isort: skip; the ops must be registered first
 
@@ -24,4 +25,6 @@ __all__ = [
     "selective_state_update",
     "ssd",
     "ssd_reference",
+    "ssd_trapezoidal",
+    "ssd_trapezoidal_reference",
 ]
