@@ -10,7 +10,7 @@ from vim.engine.training_graph import TrainingGraph
 from vim.layers import MixtureOfExperts, load_balance_loss
 
 MIXERS = ("attention", "gated_conv", "gru", "hybrid", "lstm", "mamba", "mamba2", "moe_mamba")
-MIXERS += ("mamba_alternating", "rnn", "s4d")
+MIXERS += ("mamba3", "mamba_alternating", "rnn", "s4d")
 
 
 def test_without_a_gpu_it_is_the_module():

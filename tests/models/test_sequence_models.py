@@ -64,8 +64,8 @@ def gradients(model, x):
 
 
 def test_there_are_presets():
-    assert len(NAMES) == 22
-    assert len(TINY) == 11
+    assert len(NAMES) == 24
+    assert len(TINY) == 12
     assert not any(name.startswith("vim") for name in NAMES)
 
 
@@ -299,6 +299,7 @@ def test_flops_by_hand(name):
         "mamba": scan,
         "mamba_alternating": scan,
         "mamba2": 2 * (chunk + 2 * 4 * (inner + 128) * tokens),
+        "mamba3": 2 * heads * (4 * size * size * 64 + 4 * size * 64 * 64 + 2 * 64 * 64),
         "moe_mamba": 2 * scan,
         "rnn": 0,
         "s4d": kernel * 20 / 25 + fft,

@@ -21,6 +21,7 @@ _NAMES = (
     "lstm",
     "mamba",
     "mamba2",
+    "mamba3",
     "mamba_alternating",
     "moe_mamba",
     "rnn",
@@ -176,6 +177,20 @@ def mamba2_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionMamba:
     """Mamba-2 of both directions; of Vim-S's size."""
     preset = {"embed_dim": 384, "depth": 25, "mixer": "mamba2"}
     return _create("mamba2_small_patch16_224", pretrained, preset, kwargs)
+
+
+@register_model
+def mamba3_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    """Mamba-3 of both directions; of Vim-Ti's size."""
+    preset = {"embed_dim": 192, "depth": 24, "mixer": "mamba3"}
+    return _create("mamba3_tiny_patch16_224", pretrained, preset, kwargs)
+
+
+@register_model
+def mamba3_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    """Mamba-3 of both directions; of Vim-S's size."""
+    preset = {"embed_dim": 384, "depth": 24, "mixer": "mamba3"}
+    return _create("mamba3_small_patch16_224", pretrained, preset, kwargs)
 
 
 @register_model
