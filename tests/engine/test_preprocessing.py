@@ -36,6 +36,18 @@ def normalised(batch, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     return (batch["images"].double() / 255 - mean) / std
 
 
+def test_mixing_ends_with_its_share_of_the_training():
+    batch = make_batch()
+    prepare = Preprocessor(mixup=0.8, mixup_until=0.9, label_smoothing=0.1, num_classes=CLASSES)
+    plain = Preprocessor(label_smoothing=0.1, num_classes=CLASSES)(batch, training=True)
+    for progress, mixed in ((0.0, True), (0.89, True), (0.9, False), (1.0, False)):
+        prepare.progress = progress
+        seed_everything_at(0, 0, 1)
+        out = prepare(batch, training=True)
+        assert torch.equal(out["images"], plain["images"]) != mixed
+        assert torch.equal(out["targets"], plain["targets"]) != mixed
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("training", [False, True])
 def test_images_are_normalised_in_float32(device, training):

@@ -283,6 +283,7 @@ def test_a_budget_of_seconds(tmp_path):
     assert found[0] == pytest.approx(0.01)
     assert found == sorted(found, reverse=True)
     assert runner.optim_wrapper.get_lr()["lr"][0] == pytest.approx(1e-5)
+    assert 0.8 < runner.model.data_preprocessor.progress < 1  # at the last iteration's start
 
 
 def test_a_budget_that_ends_within_the_first_epoch(tmp_path):

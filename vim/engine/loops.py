@@ -212,6 +212,7 @@ class VimTrainLoop(BaseLoop):
     def _run_iter(self, batch_idx: int, data_batch: Any) -> None:
         runner = self.runner
         seed_everything_at(runner.seed, runner.rank, self.iter)
+        runner.unwrapped_model.data_preprocessor.progress = self.progress
         runner.call_hook("before_train_iter", batch_idx=batch_idx, data_batch=data_batch)
         if runner.sharded:
             runner.model.set_requires_gradient_sync(runner.optim_wrapper.should_sync())

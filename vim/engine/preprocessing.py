@@ -36,6 +36,7 @@ class Preprocessor(BaseDataPreprocessor):
         mixup_prob: share of batches (or elements) that are mixed.
         mixup_switch_prob: of these, the share with cutmix, where both are on.
         mixup_mode: one lambda for the "batch", for each "pair" or for each "elem" of it.
+        mixup_until: share of the training after which images are mixed no more.
         label_smoothing: this much of each target is spread evenly over the classes.
         num_classes: needed where targets become soft.
 
@@ -58,6 +59,7 @@ class Preprocessor(BaseDataPreprocessor):
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
         mixup_mode: Literal["batch", "pair", "elem"] = "batch",
+        mixup_until: float = 1.0,
         label_smoothing: float = 0.0,
         num_classes: int | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class Preprocessor(BaseDataPreprocessor):
             "re_prob": re_prob,
             "mixup_prob": mixup_prob,
             "mixup_switch_prob": mixup_switch_prob,
+            "mixup_until": mixup_until,
             "label_smoothing": label_smoothing,
         }
         for name, value in shares.items():
@@ -88,6 +91,8 @@ class Preprocessor(BaseDataPreprocessor):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
+        self.mixup_until = mixup_until
+        self.progress = 0.0  # of the training, from 0 to 1; the training loop sets it
         self.erasing = None
         if re_prob > 0:
             self.erasing = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu")
@@ -133,6 +138,7 @@ class Preprocessor(BaseDataPreprocessor):
             images = self.erasing(images)
         if self.mixing is not None:
             self._check_even(len(images))
+            self.mixing.mixup_enabled = self.progress < self.mixup_until
             images, targets = self.mixing(images, targets)
         elif self.label_smoothing:
             targets = mixup_target(targets, self.num_classes, smoothing=self.label_smoothing)
