@@ -59,6 +59,32 @@ def test_losses():
     torch.testing.assert_close(model(data["images"]), logits)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("auxiliary_level", [2, None])
+def test_a_graph_changes_no_step(device, auxiliary_level):
+    """Losses, gradients and running statistics; on a CPU there is no graph."""
+    config = model_config()
+    config.update(auxiliary_level=auxiliary_level, dropout=0.0)
+    model = MODELS.build(config).to(device)
+    graphed = MODELS.build({**config, "cuda_graph": True}).to(device)
+    graphed.load_state_dict(model.state_dict())
+    for images in (2, 2, 3, 2):
+        batch = batch_of(images)
+        results = []
+        for each in (graphed, model):
+            each.zero_grad()
+            losses = each(**each.data_preprocessor(batch), mode="loss")
+            sum(losses.values()).backward()
+            gradients = {name: p.grad.clone() for name, p in each.named_parameters()}
+            statistics = {name: x.clone() for name, x in each.named_buffers()}
+            results.append((losses, gradients, statistics))
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    graphed.eval()
+    data = graphed.data_preprocessor(batch_of())
+    with torch.no_grad():
+        assert graphed(**data, mode="predict")["predictions"].shape == (2, 64, 64)
+
+
 def test_void_alone_has_no_loss():
     model = MODELS.build(model_config())
     data = model.data_preprocessor(batch_of())

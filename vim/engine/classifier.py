@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -154,8 +153,6 @@ class VimClassifier(BaseModel):
                 with "loss"; "predict" for a dict of `logits` and `targets`.
         """
         if self.cuda_graph and self._training_graph is None:
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                raise ValueError("model.cuda_graph=True is for one process: leave it out")
             # Made here and not before, since averaged copies of this model must not share it.
             self._training_graph = TrainingGraph(self.backbone)
         run = self._training_graph or self.backbone

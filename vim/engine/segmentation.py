@@ -17,6 +17,7 @@ from ._encoders import build_pyramid
 from ._keys import check_keys
 from .preprocessing import Preprocessor
 from .segmentation_metrics import VOID
+from .training_graph import TrainingGraph
 
 __all__ = ["SegmentationPreprocessor", "VimSegmenter"]
 
@@ -78,6 +79,8 @@ class VimSegmenter(BaseModel):
         auxiliary_weight: of the auxiliary head's loss.
         inference: arguments of `Segmenter.predict`: window, stride, scales, flip.
         sync_bn: where several GPUs train, batch norm takes the statistics of all their images.
+        cuda_graph: whether a GPU replays forward and backward of the whole network in training, see
+            `TrainingGraph`; for one process, without `grad_checkpointing` and `torch.compile`.
         data_preprocessor: config of `VimSegmentationPreprocessor`.
 
     Raises:
@@ -95,6 +98,7 @@ class VimSegmenter(BaseModel):
         auxiliary_weight: float = 0.4,
         inference: Mapping[str, Any] | None = None,
         sync_bn: bool = True,
+        cuda_graph: bool = False,
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         init_cfg: None = None,
     ) -> None:
@@ -113,6 +117,8 @@ class VimSegmenter(BaseModel):
             self.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)
         self.auxiliary_weight = auxiliary_weight
         self.inference = dict(inference or {})
+        self.cuda_graph = cuda_graph
+        self._training_graph: TrainingGraph | None = None
 
     def forward(
         self, images: Tensor, targets: Tensor | None = None, mode: str = "tensor"
@@ -140,10 +146,16 @@ class VimSegmenter(BaseModel):
             }
         if mode != "loss":
             raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
-        logits, auxiliary = self.backbone(images, auxiliary=True)
+        if self.cuda_graph and self._training_graph is None:
+            # Made here and not before, since averaged copies of this model must not share it.
+            self._training_graph = TrainingGraph(self.backbone, auxiliary=True)
+        if self._training_graph is not None:
+            logits, *auxiliary = self._training_graph(images)
+        else:
+            logits, *auxiliary = self.backbone(images, auxiliary=True)
         losses = {"loss_decode": _cross_entropy(logits, targets)}
-        if auxiliary is not None:
-            losses["loss_auxiliary"] = self.auxiliary_weight * _cross_entropy(auxiliary, targets)
+        for each in auxiliary:
+            losses["loss_auxiliary"] = self.auxiliary_weight * _cross_entropy(each, targets)
         return losses
 
 

@@ -83,15 +83,15 @@ class Segmenter(nn.Module):
             "blocks": r"^encoder\.(?:maps\.)?model\.blocks\.(\d+)",
         }
 
-    def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Return the logits; with `auxiliary` also those of that head, None where there is none."""
+    def forward(self, x: Tensor, auxiliary: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """Return the logits; with `auxiliary` a tuple of them and, if it is there, that head's."""
         maps = self.encoder(x)
         # The decoder takes no notice of two finer maps, which an encoder of smp's would have.
         logits = _resized(self.head(self.decoder([x, x, *maps])), x.shape[2:])
         if not auxiliary:
             return logits
         if self.auxiliary is None:
-            return logits, None
+            return (logits,)
         return logits, _resized(self.auxiliary(maps[self.auxiliary_level]), x.shape[2:])
 
     def predict(
