@@ -68,6 +68,28 @@ def test_losses_and_predictions():
     assert torch.equal(found[0]["boxes"], outputs["predictions"][0]["boxes"])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_graph_changes_no_step(device):
+    """Losses and gradients, of batches of two sizes; on a CPU there is no graph."""
+    model = MODELS.build(model_config()).to(device)
+    graphed = MODELS.build(model_config(cuda_graph=True)).to(device)
+    graphed.load_state_dict(model.state_dict())
+    batches = list(made_up(True))
+    batches += [{key: batches[0][key][:3] for key in ("images", "targets")}, batches[1]]
+    for step, batch in enumerate(batches):
+        results = []
+        for each in (graphed, model):
+            each.zero_grad()
+            torch.manual_seed(step)  # which regions train is drawn
+            losses = each(**each.data_preprocessor(batch, True), mode="loss")
+            sum(losses.values()).backward()
+            results.append((losses, {name: p.grad.clone() for name, p in each.named_parameters()}))
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    graphed.eval()
+    with torch.no_grad():
+        assert len(graphed(graphed.data_preprocessor(batches[0])["images"])) == 4
+
+
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_it_starts_from_a_classifier(tmp_path, prefix):
     config = model_config()

@@ -67,6 +67,20 @@ def test_a_crop_that_is_not_square_is_filled():
     assert torch.equal(target["boxes"], rest[0])
 
 
+@pytest.mark.parametrize("hflip", [0, 1])
+def test_a_smaller_image_lies_at_the_top_left(hflip):
+    """As a detector pads it in evaluation."""
+    image, boxes, labels, masks = sample()
+    transform = DetectionTransform((40, 60), scale=(0.5, 0.5), hflip=hflip, mean=(1, 1, 1))
+    pixels, target = transform(image, boxes, labels, masks)
+    shown, masks = pixels[:, :20, :30].clone(), target["masks"][:, :20, :30].clone()
+    pixels[:, :20, :30], target["masks"][:, :20, :30] = 255, 0
+    assert (pixels == 255).all()
+    assert not target["masks"].any()
+    assert (shown == 0).any()
+    assert masks.flatten(1).any(1).all()
+
+
 def test_objects_that_the_crop_does_not_show_are_left_out():
     image, boxes, labels, masks = sample(boxes=((0, 0, 4, 4), (50, 30, 60, 40)))
     transform = DetectionTransform((40, 60), scale=(4.0, 4.0), hflip=0)

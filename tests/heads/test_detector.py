@@ -73,6 +73,23 @@ def test_training_step(masks, cascade, backbone):
         assert parameter.grad.isfinite().all(), name
 
 
+def test_images_are_padded_to_the_canvas():
+    """At the right and the bottom, so that boxes need not move."""
+    model = build(canvas=(128, 192)).eval()
+    seen = []
+    handle = model.pyramid.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.randn(3, 64, 80)
+    with torch.no_grad():
+        model([image])
+        model([torch.randn(3, 64, 128), torch.randn(3, 128, 64)])
+    handle.remove()
+    assert [tuple(x.shape[2:]) for x in seen] == [(128, 192)] * 2
+    assert torch.equal(seen[0][0, :, :64, :80], image)
+    assert not seen[0][0, :, 64:].any()
+    with pytest.raises(ValueError, match="canvas must be"):
+        build(canvas=(64,))
+
+
 @every_kind
 @every_stage
 def test_prediction(masks, cascade):

@@ -14,12 +14,14 @@ from ._dense import optional_libraries
 from ._encoders import build_maps
 from ._keys import check_keys
 from .preprocessing import Preprocessor
+from .training_graph import TrainingGraph
 
 __all__ = ["DetectionPreprocessor", "VimDetector"]
 
 INFERENCE_KEYS = {
     "short_side",
     "long_side",
+    "canvas",
     "score_threshold",
     "nms_threshold",
     "max_detections",
@@ -85,8 +87,11 @@ class VimDetector(BaseModel):
             and `grad_checkpointing` as for `VimClassifier`; of a Vim also `norm` and `class_token`,
             see `vim.models.VisionMambaMaps`.
         masks, cascade, channels, fc_channels, anchor_sizes, proposals, box_samples: see `Detector`.
-        inference: further arguments of `Detector`, of evaluation: short_side, long_side,
+        inference: further arguments of `Detector`, of evaluation: short_side, long_side, canvas,
             score_threshold, nms_threshold, max_detections.
+        cuda_graph: whether a GPU replays forward and backward of the pyramid, backbone included, in
+            training, see `TrainingGraph`; the rest depends on how many boxes there are. For one
+            process, without `grad_checkpointing` and `torch.compile`.
         data_preprocessor: config of `VimDetectionPreprocessor`.
 
     Raises:
@@ -105,6 +110,7 @@ class VimDetector(BaseModel):
         proposals: int = 1000,
         box_samples: int = 512,
         inference: Mapping[str, Any] | None = None,
+        cuda_graph: bool = False,
         data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
         init_cfg: None = None,
     ) -> None:
@@ -127,6 +133,8 @@ class VimDetector(BaseModel):
             box_samples=box_samples,
             **(inference or {}),
         )
+        self.cuda_graph = cuda_graph
+        self._training_graph: TrainingGraph | None = None
 
     def forward(
         self,
@@ -152,7 +160,10 @@ class VimDetector(BaseModel):
                     "the detector learns masks, and the data have none: set dataset.masks=True "
                     "or model.masks=False"
                 )
-            return self.backbone(images, targets)
+            if self.cuda_graph and self._training_graph is None:
+                # Made here and not before, since averaged copies of this model must not share it.
+                self._training_graph = TrainingGraph(self.backbone.pyramid)
+            return self.backbone(images, targets, pyramid=self._training_graph)
         if mode not in ("tensor", "predict"):
             raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
         found = self.backbone(images)

@@ -9,7 +9,6 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Mask
-from torchvision.tv_tensors import Image as ImageTensor
 
 from .segmentation_transforms import PHOTOMETRIC
 
@@ -20,8 +19,9 @@ class DetectionTransform:
     """A crop of an image at a random scale, its boxes and masks: large-scale jitter.
 
     Scale, crop, flip, and on request distort colours. The image at a scale of 1 is the largest
-    that fits into the crop; what the crop shows beyond it has the colour `mean`. Objects of which
-    the crop shows nothing are left out. All draws come from torch's CPU generator.
+    that fits into the crop; what the crop shows beyond it, at the right and the bottom as in
+    evaluation, has the colour `mean`. Objects of which the crop shows nothing are left out. All
+    draws come from torch's CPU generator.
 
     Source: Ghiasi et al. 2020, "Simple Copy-Paste", arXiv:2012.07177, section 3, whose scales of
     0.1 to 2 ViTDet has, too.
@@ -60,14 +60,10 @@ class DetectionTransform:
                 raise ValueError(f"{name} must be in 0..1, got {value}")
         if min_box <= 0:
             raise ValueError(f"min_box must be above 0 pixels, got {min_box}")
-        fill = {ImageTensor: [round(255 * value) for value in mean], Mask: 0, "others": 0}
+        self.fill = [round(255 * value) for value in mean]
         self.crop_size, self.scale = tuple(crop_size), tuple(scale)
-        self.crop_and_flip = v2.Compose(
-            [
-                v2.RandomCrop(list(crop_size), pad_if_needed=True, fill=fill),
-                v2.RandomHorizontalFlip(hflip),
-            ]
-        )
+        self.crop = v2.RandomCrop(list(crop_size))
+        self.flip = v2.RandomHorizontalFlip(hflip)
         self.distort = v2.Compose(
             [
                 v2.RandomApply([v2.ColorJitter(**{name: bounds})], photometric)
@@ -104,7 +100,7 @@ class DetectionTransform:
         factor *= min(c / s for c, s in zip(self.crop_size, size, strict=True))
         scaled = [max(1, round(factor * side)) for side in size]
         sample = {name: F.resize(x, scaled, antialias=True) for name, x in sample.items()}
-        sample = self.crop_and_flip(sample)
+        sample = self.crop(self._padded(self.flip(sample), scaled))
         boxes = sample["boxes"].as_subclass(Tensor)
         target = {"labels": labels}
         if masks is not None:
@@ -120,3 +116,11 @@ class DetectionTransform:
         keep &= ((boxes[:, 2:] - boxes[:, :2]) >= self.min_box).all(1)
         target = {name: value[keep] for name, value in {"boxes": boxes, **target}.items()}
         return self.distort(sample["image"]).as_subclass(Tensor), target
+
+    def _padded(self, sample: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+        """Make a sample of a `size` of (height, width) at least as large as the crop."""
+        bottom, right = (max(0, c - s) for c, s in zip(self.crop_size, size, strict=True))
+        return {
+            name: F.pad(x, [0, 0, right, bottom], fill=self.fill if name == "image" else 0)
+            for name, x in sample.items()
+        }

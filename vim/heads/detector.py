@@ -1,6 +1,6 @@
 """A detector: boxes, classes and perhaps masks from a simple feature pyramid, by torchvision."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from timm.layers import LayerNorm2d
@@ -46,6 +46,8 @@ class Detector(nn.Module):
         box_samples: of these, how many train the heads.
         short_side, long_side: in evaluation an image is resized until its shorter side is
             `short_side`, or, if that is less, its longer one `long_side`. In training it is not.
+        canvas: (height, width) that images are padded to at least, at the right and the bottom: the
+            crops' of training, so that position embeddings mean the same in evaluation.
         score_threshold: boxes with lower scores are left out.
         nms_threshold: of two boxes of a class with a higher IoU, the one with the lower score is
             left out.
@@ -69,6 +71,7 @@ class Detector(nn.Module):
         box_samples: int = 512,
         short_side: int = 800,
         long_side: int = 1333,
+        canvas: Sequence[int] = (0, 0),
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
@@ -82,6 +85,8 @@ class Detector(nn.Module):
             raise ValueError(
                 f"short_side must be above 0 and at most long_side, got {short_side}, {long_side}"
             )
+        if len(canvas) != 2:
+            raise ValueError(f"canvas must be (height, width) in pixels, got {canvas}")
         self.num_classes = num_classes
         self.pyramid = SimpleFeaturePyramid(encoder, channels)
         strides = self.pyramid.strides
@@ -92,6 +97,7 @@ class Detector(nn.Module):
             )
         # Sides are multiples of the coarsest stride: anchors would lie off their cells otherwise.
         self.transform = _Transform(short_side, long_side, [], [], max(strides), _skip_resize=True)
+        self.transform.canvas = tuple(canvas)
         anchors = _AnchorGenerator(
             tuple((size,) for size in anchor_sizes), (ANCHOR_RATIOS,) * len(strides)
         )
@@ -149,6 +155,7 @@ class Detector(nn.Module):
         self,
         images: Sequence[Tensor],
         targets: Sequence[Mapping[str, Tensor]] | None = None,
+        pyramid: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Return the losses in training, else what is found in each image.
 
@@ -157,6 +164,7 @@ class Detector(nn.Module):
             targets: in training, of each image `boxes` (N, 4) float32 of left, top, right and
                 bottom in pixels, `labels` (N,) int64 from 1, 0 being the background, and for
                 masks `masks` (N, H, W) uint8. N may be 0.
+            pyramid: what is called instead of the module `pyramid`, such as its CUDA graph.
 
         Returns:
             In training a dict of scalars. Else, of each image, `boxes`, `labels`, `scores` and for
@@ -169,7 +177,7 @@ class Detector(nn.Module):
             raise ValueError("a detector needs targets in training: give them, or call eval()")
         sizes = [tuple(image.shape[1:]) for image in images]
         batch, targets = self.transform(list(images), targets if self.training else None)
-        features = self.pyramid(batch.tensors)
+        features = (pyramid or self.pyramid)(batch.tensors)
         # No box would come of such, which looks like an image without objects.
         if not self.training and not all(y.isfinite().all() for y in features.values()):
             raise ValueError(
@@ -221,6 +229,11 @@ def _roi_heads(
 
 class _Transform(GeneralizedRCNNTransform):
     """Resizing in evaluation, padding and batching; images come normalised already."""
+
+    canvas: tuple[int, int] = (0, 0)
+
+    def max_by_axis(self, the_list: list[list[int]]) -> list[int]:
+        return super().max_by_axis([*the_list, [0, *self.canvas]])
 
     def normalize(self, image: Tensor) -> Tensor:
         return image

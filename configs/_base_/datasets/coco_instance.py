@@ -11,7 +11,7 @@ model = dict(
     data_preprocessor=dict(
         type="VimDetectionPreprocessor", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ),
-    inference=dict(short_side=1024, long_side=1024),
+    inference=dict(short_side=1024, long_side=1024, canvas=(1024, 1024)),
 )
 train_dataloader = dict(
     task="detection",
