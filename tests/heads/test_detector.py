@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.optim import create_optimizer_v2
 
 pytest.importorskip("torchvision")
 
 from vim.heads import detector as detector_module
+from vim.heads.detection_transforms import DetectionTransform
 from vim.heads.detector import Detector
 from vim.heads.plain_maps import PlainMaps
 from vim.models import VisionMambaMaps
@@ -71,6 +73,18 @@ def test_training_step(masks, cascade, backbone):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+def test_images_are_resized_as_for_training():
+    """Antialiased, sides rounded."""
+    model = build(short_side=48, long_side=64).eval()
+    pixels = torch.randint(256, (3, 150, 333), dtype=torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    transform = DetectionTransform((64, 64), scale=(1, 1), hflip=0)
+    expected, _ = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    batch, _ = model.transform([pixels.float()], None)
+    assert batch.image_sizes == [(29, 64)]  # 28.8 is rounded
+    torch.testing.assert_close(batch.tensors[0, :, :29], expected[:, :29].float(), rtol=0, atol=1)
 
 
 def test_images_are_padded_to_the_canvas():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -231,6 +232,20 @@ class _Transform(GeneralizedRCNNTransform):
     """Resizing in evaluation, padding and batching; images come normalised already."""
 
     canvas: tuple[int, int] = (0, 0)
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """As images are resized for training: antialiased, sides rounded; torchvision does neither.
+
+        Of a smaller image without it, what the heads have learnt does not hold.
+        """
+        if self.training:
+            return image, target
+        sides = image.shape[1:]
+        factor = min(self.min_size[-1] / min(sides), self.max_size / max(sides))
+        size = [max(1, round(factor * side)) for side in sides]
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0], target
 
     def max_by_axis(self, the_list: list[list[int]]) -> list[int]:
         return super().max_by_axis([*the_list, [0, *self.canvas]])
