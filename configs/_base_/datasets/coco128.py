@@ -10,7 +10,7 @@ model = dict(
     data_preprocessor=dict(
         type="VimDetectionPreprocessor", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ),
-    inference=dict(short_side=640, long_side=640),
+    inference=dict(short_side=640, long_side=640, canvas=(640, 640)),
 )
 train_dataloader = dict(
     task="detection",
