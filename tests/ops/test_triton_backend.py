@@ -19,11 +19,14 @@ from vim.ops import (
     causal_conv1d_reference,
     selective_scan,
     selective_scan_reference,
+    ssd,
+    ssd_reference,
 )
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from vim.ops.triton import selective_scan as scan_in_triton
+from vim.ops.triton import ssd as ssd_in_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -84,15 +87,19 @@ def differentiate(function, tensors, output_gradients, cast=None):
     return results | {f"d{name}": leaf.grad for name, leaf in leaves.items()}
 
 
-def check(op, reference, tensors, output_gradients):
-    """Assert that outputs and gradients are as near the truth as a float32 reference's."""
+def check(op, reference, tensors, output_gradients, products=torch.float32):
+    """Assert that outputs and gradients are as near the truth as a float32 reference's.
+
+    Args:
+        products: dtype of the factors of products of matrices, whose rounding is allowed, too.
+    """
     results = differentiate(op, tensors, output_gradients)
     truth = differentiate(reference, tensors, output_gradients, torch.float64)
     baseline = differentiate(reference, tensors, output_gradients, torch.float32)
     for name, result in results.items():
         expected = truth[name]
         rounded = baseline[name].to(result.dtype).double()
-        ulp = torch.finfo(result.dtype).eps
+        ulp = max(torch.finfo(dtype).eps for dtype in (result.dtype, products))
         for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
             if expected.numel() == 0:
                 continue
@@ -207,6 +214,131 @@ class TestBothScans:
         error = torch.linalg.vector_norm(y.double() - truth)
         rounded = torch.linalg.vector_norm(exact(F32).to(dtype).double() - truth)
         assert error <= 3 * rounded + 4 * torch.finfo(dtype).eps * torch.linalg.vector_norm(truth)
+
+
+# B, L, H, P, N, chunk_size, dtype, reverse, optional tensors, layout
+DUALS = (
+    [
+        (2, 1, 1, 1, 1, 64, F32, False, True, "contiguous"),
+        (1, 7, 2, 3, 5, 64, F32, True, True, "transposed"),
+        (2, 16, 3, 16, 16, 16, F16, False, False, "contiguous"),
+        (2, 67, 3, 8, 16, 16, F32, True, True, "sliced"),
+        (1, 33, 2, 20, 33, 1, F16, False, True, "expanded"),
+        (1, 130, 2, 16, 20, 64, F16, True, True, "contiguous"),
+        (1, 35, 1, 70, 130, 32, F32, False, True, "contiguous"),
+    ]
+    if INTERPRETED
+    else [
+        (2, 1, 2, 64, 64, 64, F32, False, True, "contiguous"),
+        (2, 197, 3, 64, 64, 64, BF16, False, True, "contiguous"),
+        (2, 197, 3, 64, 64, 64, BF16, True, False, "sliced"),
+        (2, 197, 3, 64, 64, 32, F16, True, True, "contiguous"),
+        (2, 197, 3, 64, 64, 64, F32, True, True, "contiguous"),
+        (1, 1025, 2, 64, 64, 64, BF16, True, True, "contiguous"),
+        (1, 1025, 2, 64, 64, 64, F32, False, True, "transposed"),
+        (1, 6085, 1, 64, 64, 64, BF16, False, True, "contiguous"),
+        (1, 6085, 1, 64, 64, 64, F16, True, False, "contiguous"),
+        (1, 6085, 1, 64, 64, 64, F32, True, True, "contiguous"),
+        (3, 65, 5, 20, 33, 64, F16, False, True, "expanded"),
+        (2, 129, 2, 64, 128, 64, BF16, True, True, "contiguous"),
+        (2, 100, 2, 128, 128, 64, F32, False, True, "contiguous"),
+        (1, 70, 2, 96, 200, 64, BF16, False, True, "contiguous"),
+    ]
+)
+
+
+@pytest.mark.parametrize("case", DUALS, ids=lambda case: "-".join(map(str, case)))
+class TestSsd:
+    pytestmark = on_device
+
+    def test_matches_the_reference(self, case):
+        batch, length, heads, features, states, chunk, dtype, reverse, optional, layout = case
+        torch.manual_seed(0)
+        big, small = (batch, length, heads, features), (batch, length, states)
+        end = (batch, heads, features, states)
+        tensors = {
+            "x": rand(*big, dtype=dtype, layout=layout),
+            "dt": rand(batch, length, heads, layout=layout).abs() / 4,
+            "A": -rand(batch, heads).exp() if optional else -rand(heads).exp(),
+            "B": rand(*small, dtype=dtype, layout=layout),
+            "C": rand(*small, dtype=dtype, layout=layout),
+        }
+        if optional:
+            tensors["D"] = rand(heads)
+            tensors["initial_state"] = rand(*end, layout=layout)
+        options = {"reverse": reverse, "chunk_size": chunk, "return_final_state": True}
+
+        def reference(x, dt, A, B, C, **optional):
+            if reverse:
+                x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
+            y, state = ssd_reference(x, dt, A, B, C, **optional)
+            return y.flip(1) if reverse else y, state
+
+        check(
+            lambda **t: ssd(**t, **options, backend="triton"),
+            reference,
+            tensors,
+            [rand(*big, dtype=dtype, layout=layout), rand(*end)],
+            products=dtype,
+        )
+
+
+class TestSsdChunksAtOnce(TestSsd):
+    """Chunks computed at once and heads in groups, as a GPU with many idle processors has them."""
+
+    @pytest.fixture(autouse=True)
+    def idle(self, monkeypatch):
+        monkeypatch.setattr(ssd_in_triton, "_multiprocessors", lambda x: 1000)
+
+
+class TestSsdAsAnOp:
+    pytestmark = on_device
+
+    def make(self):
+        torch.manual_seed(0)
+        x, state = rand(1, 19, 2, 4), rand(1, 2, 4, 3)
+        dt, B, C = rand(1, 19, 2).abs(), rand(1, 19, 3), rand(1, 19, 3)
+        tensors = (x, dt, -rand(2).exp(), B, C, rand(2), state)
+        return [tensor.requires_grad_() for tensor in tensors]
+
+    def call(self, x, dt, A, B, C, D, initial_state, backend="triton"):
+        options = {"D": D, "initial_state": initial_state, "return_final_state": True}
+        return ssd(x, dt, A, B, C, **options, chunk_size=16, backend=backend)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    def test_opcheck(self):
+        torch.library.opcheck(torch.ops.vim.ssd_fused.default, (*self.make(), 16, True))
+
+    def test_compile(self):
+        compiled = torch.compile(self.call, fullgraph=True, backend="aot_eager")
+        gradients = []
+        for function in (self.call, compiled):
+            tensors = self.make()
+            y, state = function(*tensors)
+            gradients.append(torch.autograd.grad(y.square().sum() + state.sum(), tensors))
+        torch.testing.assert_close(*gradients)
+
+    def test_one_result_is_enough(self):
+        tensors = self.make()
+        for i in range(2):
+            ours, plain = (
+                torch.autograd.grad(self.call(*tensors, backend)[i].sum(), tensors[:4])
+                for backend in ("triton", "reference")
+            )
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+    def test_gradients_have_gradients(self):
+        results = []
+        for backend in ("triton", "reference"):
+            tensors = self.make()
+            tensors[4] = tensors[3]
+            y, state = self.call(*tensors, backend)
+            inputs = [tensors[i] for i in (0, 1, 3)]
+            loss = y.square().sum() + state.square().sum()
+            gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+            penalty = sum(g.square().sum() for g in gradients)
+            results.append([*gradients, *torch.autograd.grad(penalty, inputs)])
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 # B, L, D, K, dtype, activation, reverse, optional tensors, layout

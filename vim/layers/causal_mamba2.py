@@ -115,8 +115,9 @@ class Mamba2(Float32Parameters):
         u = u.unflatten(-1, (-1, self.head_dim))  # (B, L, H, P)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         A = -torch.exp(self.A_log)
-        y, ssm_state = torch.ops.vim.ssd(u, dt, A, B, C, ssm_state, self.chunk_size, self.reverse)
-        y = y + self.D.unsqueeze(-1).to(y.dtype) * u
+        y, ssm_state = torch.ops.vim.ssd(
+            u, dt, A, B, C, ssm_state, self.chunk_size, self.reverse, self.D
+        )
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv_state, ssm_state)
 
     @torch.jit.ignore

@@ -115,7 +115,8 @@ class BidirectionalMamba2(Float32Parameters):
         self.dt_bias = nn.Parameter(torch.empty(2, heads, **fp32))
         self.A_log = nn.Parameter(torch.empty(2, heads, **fp32))
         self.D = nn.Parameter(torch.empty(2, heads, **fp32))
-        self.norm = GatedRMSNorm(d_inner, **dd)
+        # That of the sum is that of the mean, with four times the eps.
+        self.norm = GatedRMSNorm(d_inner, eps=4e-5, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)
         self.reset_parameters()
 
@@ -124,19 +125,25 @@ class BidirectionalMamba2(Float32Parameters):
 
     def forward(self, tokens: Tensor) -> Tensor:
         z, x, BC_f, BC_b, dt_f, dt_b = self.in_proj(tokens).split(self.in_sizes, dim=-1)
-        # Both directions are one batch, the second half of it flipped.
-        xBC_f = self.forward_conv1d(torch.cat([x, BC_f], dim=-1))
-        xBC_b = self.backward_conv1d(torch.cat([x, BC_b], dim=-1))
-        xBC = torch.stack([xBC_f, xBC_b.flip(1)])  # (2, B, L, d_inner + 2 N)
-        dt = torch.stack([dt_f, dt_b.flip(1)]).to(self.dt_bias.dtype)
-        dt = F.softplus(dt + self.dt_bias[:, None, None])
-        A = (-torch.exp(self.A_log)).unsqueeze(1).expand(-1, tokens.shape[0], -1)
-        x, B, C = xBC.flatten(0, 1).split(self.conv_sizes, dim=-1)
+        weight, bias = self.forward_conv1d.weight, self.forward_conv1d.bias
+        y_f = self._one_direction(0, weight, bias, x, BC_f, dt_f)
+        weight, bias = self.backward_conv1d.weight, self.backward_conv1d.bias
+        y_b = self._one_direction(1, weight, bias, x, BC_b, dt_b)
+        return self.out_proj(self.norm(y_f + y_b, z))
+
+    def _one_direction(
+        self, i: int, weight: Tensor, bias: Tensor, x: Tensor, BC: Tensor, dt: Tensor
+    ) -> Tensor:
+        """Convolve and scan, from the first token (i = 0) or the last: (B, L, d_inner)."""
+        # x, B and C as they lie in the projection, each with its channels of the convolution.
+        reverse, sizes = i == 1, [x.shape[-1], BC.shape[-1]]
+        x_weight, BC_weight = weight.split(sizes)
+        x_bias, BC_bias = bias.split(sizes)
+        x, _ = torch.ops.vim.causal_conv1d(x, x_weight, x_bias, None, "silu", reverse, "auto")
+        BC, _ = torch.ops.vim.causal_conv1d(BC, BC_weight, BC_bias, None, "silu", reverse, "auto")
+        B, C = BC.chunk(2, dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))
-        dt, A = dt.flatten(0, 1), A.flatten(0, 1)
-        y, _ = torch.ops.vim.ssd(x, dt, A, B, C, None, self.chunk_size, False)
-        x, y = x.unflatten(0, (2, -1)), y.unflatten(0, (2, -1))  # (2, B, L, H, P)
-        y = y + self.D[:, None, None, :, None].to(y.dtype) * x
-        y_f, y_b = y.flatten(-2).unbind(0)
-        y = 0.5 * (y_f + y_b.flip(1))
-        return self.out_proj(self.norm(y, z))
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias[i])
+        A, D = -torch.exp(self.A_log[i]), self.D[i]
+        y, _ = torch.ops.vim.ssd(x, dt, A, B, C, None, self.chunk_size, reverse, D)
+        return y.flatten(-2)

@@ -33,12 +33,16 @@ class Operator:
         """Say which tensors the op returns, without values."""
         torch.library.register_fake(self.name, fake, lib=_LIBRARY)
 
-    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+    def register_autograd(
+        self, backward: Callable, *, setup_context: Callable, twice: Callable | None = None
+    ) -> None:
         """Tie a backward to the op, as `torch.library.register_autograd` does.
 
         Args:
             backward: (ctx, *gradients of the results) -> gradients of the arguments.
             setup_context: (ctx, arguments, results) -> None.
+            twice: as `backward`, but differentiable; it serves where someone may differentiate the
+                gradients (`create_graph`), which raises without it.
         """
         overload = self._overload
         below_autograd = torch._C._after_autograd_keyset
@@ -57,8 +61,11 @@ class Operator:
 
             @staticmethod
             def backward(ctx, *flat):
+                results = _unflatten(flat, ctx.result_sizes)
+                if twice is not None and torch.is_grad_enabled():
+                    return None, None, None, *_flatten(twice(ctx, *results))[0]
                 with torch.no_grad():
-                    gradients = backward(ctx, *_unflatten(flat, ctx.result_sizes))
+                    gradients = backward(ctx, *results)
                 flat_gradients, _ = _flatten(gradients)
                 if torch.is_grad_enabled():  # create_graph: someone may differentiate these
                     flat_gradients = _undifferentiable(flat_gradients, self.name)

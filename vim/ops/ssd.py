@@ -4,11 +4,15 @@ Size letters: B batch, L tokens, H heads, P features of a head, N state, Q token
 chunks.
 """
 
+import os
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import composite
+from ._autograd import composite, fake_gradients, operator, pack_gradients, unpack_gradients
+from ._dispatch import ENVIRONMENT_VARIABLE, resolve_backend
 
 __all__ = ["ssd", "ssd_reference"]
 
@@ -20,26 +24,32 @@ def ssd(
     B: Tensor,
     C: Tensor,
     *,
+    D: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     chunk_size: int = 64,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the output of a state space model whose decay is one number a head and token.
 
     For each batch item and head, with h_0 = initial_state (zero by default)::
 
         h_t = exp(dt_t * A) * h_{t-1} + dt_t * x_t B_t^T          (P, N)
-        y_t = h_t C_t                                             (P,)
+        y_t = h_t C_t + D x_t                                     (P,)
 
     Source: Dao & Gu 2024, arXiv:2405.21060, eq. 16 (the recurrence with scalar times identity)
     and listing 1 (the chunks). Inside a chunk y = (L o C B^T) x, with L_ij the decay from j to i;
     between chunks states are passed on.
 
-    Plain PyTorch, differentiable in every tensor, the initial and the final state included.
-    Products are in the dtype of `x`, as are the states that chunks hand to one another when they
-    are read; decays and sums over chunks are float32 (float64 where `x` is). Autocast does not
-    change that.
+    Differentiable in every tensor, the initial and the final state included. Products are in the
+    dtype of `x`, as are the states that chunks hand to one another when they are read; decays and
+    sums over chunks are float32 (float64 where `x` is). Autocast does not change that. Results are
+    deterministic.
+
+    On a GPU that Triton serves, fused kernels keep nothing for the backward but the inputs.
+    Anywhere else, and for float64, it is a composition of PyTorch's own ops, which also gives the
+    gradients of gradients.
 
     Args:
         x: (B, L, H, P) input.
@@ -47,10 +57,15 @@ def ssd(
         A: (H,), or (B, H), negative in a stable model.
         B: (B, L, N) input matrix, shared by the heads.
         C: shaped as `B`, output matrix.
+        D: (H,) skip connection.
         initial_state: (B, H, P, N) state before the token scanned first.
         return_final_state: whether to return the state after the token scanned last, too.
-        chunk_size: Q at most; chunks are shortened where that leaves less padding.
+        chunk_size: Q at most; chunks are shortened where that leaves less padding. The kernels take
+            a power of two from 16 to 64.
         reverse: whether to scan from the last token to the first. Tokens keep their places.
+        backend: "auto", "triton", or "reference" for the composition. "auto" goes by the
+            environment variable VIM_BACKEND, but takes the composition for backends that have no
+            kernels of this op.
 
     Returns:
         y: (B, L, H, P) in the dtype of `x`, and, with `return_final_state`, the final state
@@ -58,8 +73,9 @@ def ssd(
 
     Raises:
         ValueError: shapes that do not fit together; the message says which and what is allowed.
+        RuntimeError: `backend` names a backend that cannot serve; the message says why.
     """
-    y, state = torch.ops.vim.ssd(x, dt, A, B, C, initial_state, chunk_size, reverse)
+    y, state = torch.ops.vim.ssd(x, dt, A, B, C, initial_state, chunk_size, reverse, D, backend)
     return (y, state) if return_final_state else y
 
 
@@ -73,15 +89,47 @@ def _ssd(
     initial_state: Tensor | None,
     chunk_size: int,
     reverse: bool,
+    D: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    _check(x, dt, A, B, C, initial_state, chunk_size)
+    _check(x, dt, A, B, C, D, initial_state, chunk_size)
+    kernels = _resolve(backend, x)
+    if kernels is None:
+        return _composition(x, dt, A, B, C, D, initial_state, chunk_size, reverse)
+    y: Tensor | None = None
+    states = []
+    for first in range(0, B.shape[-1], kernels.MAX_STATES):
+        part = slice(first, first + kernels.MAX_STATES)
+        start = None if initial_state is None else initial_state[..., part]
+        skip = D if first == 0 else None
+        y_part, state = torch.ops.vim.ssd_fused(
+            x, dt, A, B[..., part], C[..., part], skip, start, chunk_size, reverse
+        )
+        y = y_part if y is None else y + y_part
+        states.append(state)
+    return y, states[0] if len(states) == 1 else torch.cat(states, -1)
+
+
+def _resolve(backend: str, x: Tensor) -> ModuleType | None:
+    """Return the module of the fused kernels, or None for the composition."""
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        # On a CPU the composition is the fastest there is.
+        if backend == "auto" and not (x.device.type == "cuda" and torch.cuda.is_available()):
+            return None
+        if backend in ("cuda", "cpu"):
+            return None
+    return resolve_backend("ssd", backend, x.device, x.dtype, None)
+
+
+def _composition(x, dt, A, B, C, D, initial_state, chunk_size, reverse) -> tuple[Tensor, Tensor]:
     if reverse:
         x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
     if x.device.type != "meta":  # which has no autocast
         with torch.autocast(x.device.type, enabled=False):
-            y, state = _chunked(x, dt, A, B, C, initial_state, chunk_size)
+            y, state = _chunked(x, dt, A, B, C, D, initial_state, chunk_size)
     else:
-        y, state = _chunked(x, dt, A, B, C, initial_state, chunk_size)
+        y, state = _chunked(x, dt, A, B, C, D, initial_state, chunk_size)
     return (y.flip(1) if reverse else y), state
 
 
@@ -92,6 +140,7 @@ def ssd_reference(
     B: Tensor,
     C: Tensor,
     *,
+    D: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, final_state) of `ssd` by its equations, one token after another.
@@ -110,10 +159,13 @@ def ssd_reference(
         drive = (dt[:, t, :, None] * x_[:, t])[..., None] * B[:, t, None, None, :]
         h = torch.exp(dt[:, t] * A)[..., None, None] * h + drive
         y.append((h * C[:, t, None, None, :]).sum(-1))
-    return torch.stack(y, dim=1).to(x.dtype), h
+    y = torch.stack(y, dim=1)
+    if D is not None:
+        y = y + D.to(dtype).unsqueeze(-1) * x_
+    return y.to(x.dtype), h
 
 
-def _check(x, dt, A, B, C, initial_state, chunk_size):
+def _check(x, dt, A, B, C, D, initial_state, chunk_size):
     """Raise where the arguments of `ssd` do not fit together."""
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(f"x must be (B, L, H, P) with a token at least, got {tuple(x.shape)}")
@@ -126,6 +178,7 @@ def _check(x, dt, A, B, C, initial_state, chunk_size):
         "A": (A, [(heads,), (batch, heads)]),
         "B": (B, [(batch, length, states)]),
         "C": (C, [(batch, length, states)]),
+        "D": (D, [(heads,)]),
         "initial_state": (initial_state, [(batch, heads, features, states)]),
     }
     for name, (tensor, shapes) in allowed.items():
@@ -137,7 +190,7 @@ def _check(x, dt, A, B, C, initial_state, chunk_size):
             raise ValueError(f"{name} must be {says}, got {tuple(tensor.shape)}")
 
 
-def _chunked(x, dt, A, B, C, initial_state, chunk_size) -> tuple[Tensor, Tensor]:
+def _chunked(x, dt, A, B, C, D, initial_state, chunk_size) -> tuple[Tensor, Tensor]:
     batch, length, heads, features = x.shape
     states = B.shape[-1]
     dtype, sums = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -149,6 +202,7 @@ def _chunked(x, dt, A, B, C, initial_state, chunk_size) -> tuple[Tensor, Tensor]
     dt = dt.to(sums)
     A = A.to(sums).unsqueeze(-2)  # (1, H) or (B, 1, H)
     a = F.pad(dt * A, (0, 0, 0, pad)).unflatten(1, (chunks, size)).transpose(2, 3)  # (B, Z, H, Q)
+    skip = None if D is None else D.to(sums).unsqueeze(-1) * x
     x = F.pad((x * dt.unsqueeze(-1)).to(dtype), (0, 0, 0, 0, 0, pad))
     x = x.unflatten(1, (chunks, size))  # (B, Z, Q, H, P)
     B = F.pad(B.to(dtype), (0, 0, 0, pad)).unflatten(1, (chunks, size))  # (B, Z, Q, N)
@@ -178,7 +232,8 @@ def _chunked(x, dt, A, B, C, initial_state, chunk_size) -> tuple[Tensor, Tensor]
     final_state = before[:, :, -1]
     before = before[:, :, :-1].permute(0, 2, 4, 1, 3).flatten(3).to(dtype)  # (B, Z, N, H P)
     y = y + (C @ before).unflatten(3, (heads, features)) * from_start
-    return y.to(dtype).flatten(1, 2)[:, :length], final_state
+    y = y.flatten(1, 2)[:, :length]
+    return (y if skip is None else y + skip).to(dtype), final_state
 
 
 def _segment_sums(a: Tensor) -> Tensor:
@@ -192,3 +247,91 @@ def _segment_sums(a: Tensor) -> Tensor:
     rows = F.pad(a, (1, 0)).unsqueeze(-1).expand(*a.shape[:-1], count, count)
     sums = rows.masked_fill(ones.triu(0), 0).cumsum(-2)
     return sums.masked_fill(ones.triu(1), -torch.inf)
+
+
+@operator("ssd_fused")
+def _ssd_fused(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` by the kernels, for as many states as they take."""
+    tensors = (x, dt, A, B, C, D, initial_state)
+    return _resolve("triton", x).forward(*tensors, chunk_size, reverse)
+
+
+@_ssd_fused.register_fake
+def _(x, dt, A, B, C, D, initial_state, chunk_size, reverse):
+    batch, _, heads, features = x.shape
+    end = x.new_empty(batch, heads, features, B.shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape), end
+
+
+@operator("ssd_fused_bwd")
+def _ssd_fused_bwd(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    reverse: bool,
+) -> list[Tensor]:
+    """Return the gradients of the seven tensors; where a tensor is absent, an empty one."""
+    inputs = (x, dt, A, B, C, D, initial_state)
+    if dy is None:
+        dy = torch.zeros_like(x)
+    kernels = _resolve("triton", x)
+    return pack_gradients(kernels.backward(dy, dfinal_state, *inputs, chunk_size, reverse), inputs)
+
+
+@_ssd_fused_bwd.register_fake
+def _(dy, dfinal_state, *inputs_and_options):
+    return fake_gradients(inputs_and_options[:7])
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.chunk_size, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dfinal_state):
+    if dy is None and dfinal_state is None:
+        return (None,) * 9
+    inputs = ctx.saved_tensors
+    gradients = torch.ops.vim.ssd_fused_bwd(dy, dfinal_state, *inputs, ctx.chunk_size, ctx.reverse)
+    return *unpack_gradients(gradients, inputs), None, None
+
+
+def _autograd_twice(ctx, dy, dfinal_state):
+    """The same by the composition, whose gradients have gradients."""
+    # A tensor may stand for several inputs, each of which has a gradient.
+    inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+    results = _composition(*inputs, ctx.chunk_size, ctx.reverse)
+    given = [(y, g) for y, g in zip(results, (dy, dfinal_state), strict=True) if g is not None]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    gradients = iter(
+        torch.autograd.grad(
+            [y for y, _ in given],
+            wanted,
+            [g for _, g in given],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    asked = [x is not None and x.requires_grad for x in inputs]
+    return *(next(gradients) if a else None for a in asked), None, None
+
+
+_ssd_fused.register_autograd(_autograd, setup_context=_setup_context, twice=_autograd_twice)
