@@ -46,6 +46,19 @@ def test_steps_are_those_of_the_module(dtype):
 
 
 @pytest.mark.gpu
+def test_gradients_of_several_batches_add_up():
+    model = timm.create_model("vim_tiny_patch16_224", img_size=64, depth=2, num_classes=5).cuda()
+    batches = torch.randn(3, 4, 3, 64, 64, device="cuda")
+    results = []
+    for run in (TrainingGraph(model), model):
+        model.zero_grad(set_to_none=True)
+        for images in batches:
+            run(images).square().mean().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
 def test_evaluation_and_stochastic_depth():
     torch.manual_seed(0)
     model = timm.create_model("vim_tiny_patch16_224", img_size=64, depth=4, drop_path_rate=0.5)

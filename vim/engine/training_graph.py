@@ -50,6 +50,10 @@ class TrainingGraph:
             self._graphed, self._captured = self._capture(images), call
         if call != self._captured:
             return self.module(images, **self.options)
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:  # where gradients are added up over several batches
+                # It may be the graph's own memory, which the next replay overwrites.
+                parameter.grad = parameter.grad.clone()
         output, *left = self._graphed(images)
         for i, experts in enumerate(self._experts):
             experts.aux_loss, experts.load, experts.dropped = left[3 * i : 3 * i + 3]
