@@ -104,6 +104,21 @@ def test_images_are_padded_to_the_canvas():
         build(canvas=(64,))
 
 
+def test_padding_does_not_move_what_regions_show():
+    """Of an image that fills less than 0.7 of the canvas, as the first that a detector sees."""
+    options = {"canvas": (128, 128), "short_side": 128, "score_threshold": 0.0}
+    first = build(**options).eval()
+    second = build(**options).eval()
+    second.load_state_dict(first.state_dict())
+    image = torch.randn(3, 40, 100)
+    with torch.no_grad():
+        second([torch.randn(3, 128, 128)])
+        (found,), (expected,) = first([image]), second([image])
+    assert len(found["boxes"])
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 @every_kind
 @every_stage
 def test_prediction(masks, cascade):

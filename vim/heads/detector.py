@@ -1,5 +1,6 @@
 """A detector: boxes, classes and perhaps masks from a simple feature pyramid, by torchvision."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from .cascade import CascadeRoIHeads
 from .feature_pyramid import SimpleFeaturePyramid
@@ -115,6 +117,7 @@ class Detector(nn.Module):
         )
         self.roi_heads = _roi_heads(
             num_classes + 1,
+            strides=strides[: len(POOLED)],
             masks=masks,
             cascade=cascade,
             channels=channels,
@@ -193,7 +196,14 @@ class Detector(nn.Module):
 
 
 def _roi_heads(
-    num_classes: int, *, masks: bool, cascade: bool, channels: int, fc_channels: int, **options
+    num_classes: int,
+    *,
+    strides: Sequence[int],
+    masks: bool,
+    cascade: bool,
+    channels: int,
+    fc_channels: int,
+    **options,
 ) -> RoIHeads:
     """The heads of regions; `num_classes` counts the background, `options` are torchvision's."""
 
@@ -202,12 +212,12 @@ def _roi_heads(
         return FastRCNNConvFCHead(size, [channels] * 4, [fc_channels], norm_layer=LayerNorm2d)
 
     options |= {
-        "box_roi_pool": MultiScaleRoIAlign(POOLED, BOX_POOL, sampling_ratio=2),
+        "box_roi_pool": _RoIAlign(BOX_POOL, strides),
         "positive_fraction": 0.25,
     }
     if masks:
         options |= {
-            "mask_roi_pool": MultiScaleRoIAlign(POOLED, MASK_POOL, sampling_ratio=2),
+            "mask_roi_pool": _RoIAlign(MASK_POOL, strides),
             "mask_head": MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=LayerNorm2d),
             "mask_predictor": _MaskPredictor(channels, channels, num_classes),
         }
@@ -252,6 +262,18 @@ class _Transform(GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         return image
+
+
+class _RoIAlign(MultiScaleRoIAlign):
+    """Pooling from maps of known strides.
+
+    torchvision guesses them at the first call, from the sizes of images without their padding.
+    """
+
+    def __init__(self, size: int, strides: Sequence[int]) -> None:
+        super().__init__(POOLED, size, sampling_ratio=2)
+        self.scales = [1 / stride for stride in strides]
+        self.map_levels = initLevelMapper(*(int(math.log2(s)) for s in (strides[0], strides[-1])))
 
 
 # torchvision computes boxes in the dtype of maps and deltas. In bfloat16 a coordinate of 1,000
