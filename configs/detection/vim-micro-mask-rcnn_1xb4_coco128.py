@@ -2,7 +2,8 @@
 
 The aim is a box AP of 80 or more on the images that it is trained on. Nothing regularises: no drop
 path, no weight decay, images as they are, all at the top left of one canvas, in training and after.
-The backbone starts from Imagenette's weights, which are in the package.
+The backbone starts from Imagenette's weights, which are in the package. Batches are small, since a
+step's cost grows with its images and what is to be learnt by heart needs many steps.
 """
 
 _base_ = ["../_base_/detection_runtime.py", "../_base_/datasets/coco128.py"]
@@ -16,7 +17,8 @@ model = dict(
     box_samples=256,
     cuda_graph=True,
 )
-train_cfg = dict(type="VimTrainLoop", max_epochs=200, val_interval=50)
+train_dataloader = dict(batch_size=4)
+train_cfg = dict(type="VimTrainLoop", max_epochs=120, val_interval=40)
 optim_wrapper = dict(
     type="VimOptimWrapper",
     constructor="VimOptimizerConstructor",
@@ -25,7 +27,7 @@ optim_wrapper = dict(
     dtype="bfloat16",
 )
 param_scheduler = dict(
-    type="VimCosineLR", by_epoch=True, total=200, warmup=5, warmup_lr=1e-6, min_lr=1e-6
+    type="VimCosineLR", by_epoch=True, total=120, warmup=5, warmup_lr=1e-6, min_lr=1e-6
 )
-auto_scale_lr = dict(enable=False, base_batch_size=8)
+auto_scale_lr = dict(enable=False, base_batch_size=4)
 default_hooks = dict(ema=dict(decay=0.99, warmup=True))
