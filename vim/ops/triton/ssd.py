@@ -145,11 +145,13 @@ def ssd_fwd_kernel(
         skip = tl.load(D + head).to(tl.float32)
     h = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if HAS_START:
-        at = start + item * start_b + head * start_h + first * tl.cast(start_z, tl.int64)
-        h = tl.load(_state(at, n, p, start_n, start_p), mask=mask, other=0.0).to(tl.float32)
+        first_state = start + item * start_b + head * start_h + first * tl.cast(start_z, tl.int64)
+        at = _state(first_state, n, p, start_n, start_p)
+        h = tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
+    i = tl.arange(0, CHUNK)
     for chunk in range(first, first + count):
-        q = chunk * CHUNK + tl.arange(0, CHUNK)
+        q = chunk * CHUNK + i
         x_q = _rows(x_row, x_step, q, length, p, x_p, mask_p)  # [CHUNK, BLOCK_P]
         B_q = _rows(B_row, B_step, q, length, n, B_n, mask_n).to(x_q.dtype)  # [CHUNK, BLOCK_N]
         C_q = _rows(C_row, C_step, q, length, n, C_n, mask_n).to(x_q.dtype)  # [CHUNK, BLOCK_N]
@@ -158,11 +160,12 @@ def ssd_fwd_kernel(
         end_total = tl.sum(dt_q * A_log2, axis=0)
 
         scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION)  # [CHUNK, CHUNK]
-        weights = (scores * _decays(total, CHUNK) * dt_q[None, :]).to(x_q.dtype)
-        out = tl.dot(C_q, h.to(x_q.dtype), input_precision=PRECISION)  # [CHUNK, BLOCK_P]
-        out = tl.dot(weights, x_q, out * tl.exp2(total)[:, None], input_precision=PRECISION)
+        weights = scores * _decays(total, CHUNK) * dt_q[None, :]
         if HAS_D:
-            out += skip * x_q.to(tl.float32)
+            weights += tl.where(i[:, None] == i[None, :], skip, 0.0)
+        out = tl.dot(C_q, h.to(x_q.dtype), input_precision=PRECISION)  # [CHUNK, BLOCK_P]
+        out *= tl.exp2(total)[:, None]
+        out = tl.dot(weights.to(x_q.dtype), x_q, out, input_precision=PRECISION)
         at = y_row + q[:, None] * y_step + p[None, :]
         tl.store(at, out, mask=(q < length)[:, None] & mask_p[None, :])
 
@@ -172,8 +175,8 @@ def ssd_fwd_kernel(
             h = tl.dot(tl.trans(B_q), drive, h * tl.exp2(end_total), input_precision=PRECISION)
 
     if WALK:
-        at = end + (item * heads + head) * wide_features * states
-        tl.store(_state(at, n, p, 1, tl.cast(states, tl.int64)), h, mask=mask)
+        last_state = end + (item * heads + head) * wide_features * states
+        tl.store(_state(last_state, n, p, 1, tl.cast(states, tl.int64)), h, mask=mask)
 
 
 @triton.heuristics({**START, "HAS_END": lambda args: args["end"] is not None})
@@ -254,8 +257,8 @@ def ssd_states_kernel(
         h = tl.dot(tl.trans(W_q), drive, h * tl.exp2(end_total), input_precision=PRECISION)
 
     if HAS_END:
-        at = end + (item * heads + head) * size
-        tl.store(_state(at, n, p, 1, tl.cast(states, tl.int64)), h, mask=mask)
+        last_state = end + (item * heads + head) * size
+        tl.store(_state(last_state, n, p, 1, tl.cast(states, tl.int64)), h, mask=mask)
 
 
 @triton.heuristics(HAS_D)
@@ -368,30 +371,35 @@ def ssd_bwd_kernel(
         from_start = tl.exp2(total)
         to_end = tl.exp2(end_total - total)
 
-        # Pairs of tokens in the chunk.
-        decays = _decays(total, CHUNK)  # [CHUNK, CHUNK]
-        pairs = tl.dot(dy_q, tl.trans(x_q), input_precision=PRECISION) * decays
-        dscores += pairs * dt_q[None, :]
-        pairs *= scores
-        ddt_q = tl.sum(pairs, axis=0)  # [CHUNK]
-        pairs = tl.where(i[:, None] > i[None, :], pairs * dt_q[None, :], 0.0)
-        from_i_on = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-        weights = (scores * decays * dt_q[None, :]).to(dtype)
-
         # What the chunk adds to the state.
         Bdh = tl.dot(B_q, dh, input_precision=PRECISION)  # [CHUNK, BLOCK_P]
-        added = to_end * tl.sum(x_q.to(tl.float32) * Bdh, axis=1)
-        ddt_q += added
+        added = to_end * tl.sum(x_q.to(tl.float32) * Bdh, axis=1)  # [CHUNK]
         dB_q += tl.dot(x_q, tl.trans(dh), input_precision=PRECISION) * (dt_q * to_end)[:, None]
-        dx_q = tl.dot(
-            tl.trans(weights), dy_q, Bdh * (dt_q * to_end)[:, None], input_precision=PRECISION
-        )
 
         # What it reads of the state.
         dyh = tl.dot(dy_q, tl.trans(h), input_precision=PRECISION) * from_start[:, None]
         dC_q += dyh
-        from_i_on += tl.sum(dyh * C_q.to(tl.float32), axis=1)
+        from_i_on = tl.sum(dyh * C_q.to(tl.float32), axis=1)  # [CHUNK]
         passed = tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0)
+
+        # Pairs of its tokens; D stands on the diagonal.
+        decays = _decays(total, CHUNK)  # [CHUNK, CHUNK]
+        weights = scores * decays * dt_q[None, :]
+        if HAS_D:
+            weights += tl.where(i[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
+        dx_q = tl.dot(tl.trans(weights.to(dtype)), dy_q, input_precision=PRECISION)
+        # Were the sum of both the accumulator of one, the compiler would see a chain of products,
+        # and have half of the warps repeat what the others do; the choice keeps them apart.
+        dx_q = tl.where(inside[:, None], dx_q, 0.0) + Bdh * (dt_q * to_end)[:, None]
+        pairs = tl.dot(dy_q, tl.trans(x_q), input_precision=PRECISION)
+        if HAS_D:
+            dD_part = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), axis=1), axis=0)
+        pairs *= decays
+        dscores += pairs * dt_q[None, :]
+        pairs *= scores
+        ddt_q = tl.sum(pairs, axis=0) + added  # [CHUNK]
+        pairs = tl.where(i[:, None] > i[None, :], pairs * dt_q[None, :], 0.0)
+        from_i_on += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
 
         terms = tl.where(i[:, None] >= i[None, :], from_i_on[:, None], (added * dt_q)[:, None])
         da = tl.sum(terms, axis=0) + passed * tl.exp2(end_total)  # [CHUNK]
@@ -402,9 +410,7 @@ def ssd_bwd_kernel(
         sums = (item * chunks + chunk) * wide_parts + part
         tl.store(dA + sums, tl.sum(da * dt_q, axis=0))
         if HAS_D:
-            dy_32 = dy_q.to(tl.float32)
-            tl.store(dD + sums, tl.sum(tl.sum(dy_32 * x_q.to(tl.float32), axis=1), axis=0))
-            dx_q += tl.load(D + head).to(tl.float32) * dy_32
+            tl.store(dD + sums, dD_part)
         dx_l = tl.cast(features, tl.int64) * heads
         dx_row, dx_step = first_token(
             dx + head * features, item, length * dx_l, dx_l, length, REVERSE
@@ -527,19 +533,18 @@ def _states(x, dt, A, W, start, end, blocks, reverse, adjoint):
 
 _FORWARD = {"num_warps": 4, "num_stages": 2}
 _STATES = {"num_warps": 4, "num_stages": 3}
-_BACKWARD = {"num_warps": 8, "num_stages": 1}
+_BACKWARD = {"num_warps": 8, "num_stages": 2}
 
 
 def _blocks(x, states: int, chunk_size: int) -> dict:
     """Sizes of the tiles, 16 at least, as products need; and how exact products of float32 are."""
     most = 32 if x.dtype == torch.float32 or states > 64 else 64
     chunk = min(most, max(16, triton.next_power_of_2(chunk_size + 1) // 2))
-    exact = "tf32x3" if x.is_cuda and torch.version.hip is None else "ieee"
     return {
         "CHUNK": chunk,
         "BLOCK_N": max(16, triton.next_power_of_2(states)),
         "BLOCK_P": max(16, min(MAX_FEATURES, triton.next_power_of_2(x.shape[-1]))),
-        "PRECISION": exact,
+        "PRECISION": "ieee",
     }
 
 
