@@ -216,33 +216,34 @@ class TestBothScans:
         assert error <= 3 * rounded + 4 * torch.finfo(dtype).eps * torch.linalg.vector_norm(truth)
 
 
-# B, L, H, P, N, chunk_size, dtype, reverse, optional tensors, layout
+# B, L, H, P, N, dtype, reverse, optional tensors, layout
 DUALS = (
     [
-        (2, 1, 1, 1, 1, 64, F32, False, True, "contiguous"),
-        (1, 7, 2, 3, 5, 64, F32, True, True, "transposed"),
-        (2, 16, 3, 16, 16, 16, F16, False, False, "contiguous"),
-        (2, 67, 3, 8, 16, 16, F32, True, True, "sliced"),
-        (1, 33, 2, 20, 33, 1, F16, False, True, "expanded"),
-        (1, 130, 2, 16, 20, 64, F16, True, True, "contiguous"),
-        (1, 35, 1, 70, 130, 32, F32, False, True, "contiguous"),
+        (2, 1, 1, 1, 1, F32, False, True, "contiguous"),
+        (1, 7, 2, 3, 5, F32, True, True, "transposed"),
+        (1, 9, 2, 3, 5, F16, True, True, "sliced"),
+        (2, 16, 3, 16, 16, F16, False, False, "contiguous"),
+        (2, 67, 3, 8, 16, F32, True, True, "sliced"),
+        (1, 33, 2, 20, 33, F32, False, True, "expanded"),
+        (1, 130, 2, 16, 20, F16, True, True, "contiguous"),
+        (1, 35, 1, 70, 130, F32, False, True, "contiguous"),
     ]
     if INTERPRETED
     else [
-        (2, 1, 2, 64, 64, 64, F32, False, True, "contiguous"),
-        (2, 197, 3, 64, 64, 64, BF16, False, True, "contiguous"),
-        (2, 197, 3, 64, 64, 64, BF16, True, False, "sliced"),
-        (2, 197, 3, 64, 64, 32, F16, True, True, "contiguous"),
-        (2, 197, 3, 64, 64, 64, F32, True, True, "contiguous"),
-        (1, 1025, 2, 64, 64, 64, BF16, True, True, "contiguous"),
-        (1, 1025, 2, 64, 64, 64, F32, False, True, "transposed"),
-        (1, 6085, 1, 64, 64, 64, BF16, False, True, "contiguous"),
-        (1, 6085, 1, 64, 64, 64, F16, True, False, "contiguous"),
-        (1, 6085, 1, 64, 64, 64, F32, True, True, "contiguous"),
-        (3, 65, 5, 20, 33, 64, F16, False, True, "expanded"),
-        (2, 129, 2, 64, 128, 64, BF16, True, True, "contiguous"),
-        (2, 100, 2, 128, 128, 64, F32, False, True, "contiguous"),
-        (1, 70, 2, 96, 200, 64, BF16, False, True, "contiguous"),
+        (2, 1, 2, 64, 64, F32, False, True, "contiguous"),
+        (2, 197, 3, 64, 64, BF16, False, True, "contiguous"),
+        (2, 197, 3, 64, 64, BF16, True, False, "sliced"),
+        (2, 197, 3, 64, 64, F16, True, True, "contiguous"),
+        (2, 197, 3, 64, 64, F32, True, True, "contiguous"),
+        (1, 1025, 2, 64, 64, BF16, True, True, "contiguous"),
+        (1, 1025, 2, 64, 64, F32, False, True, "transposed"),
+        (1, 6085, 1, 64, 64, BF16, False, True, "contiguous"),
+        (1, 6085, 1, 64, 64, F16, True, False, "contiguous"),
+        (1, 6085, 1, 64, 64, F32, True, True, "contiguous"),
+        (3, 65, 5, 20, 33, F16, False, True, "expanded"),
+        (2, 129, 2, 64, 128, BF16, True, True, "contiguous"),
+        (2, 100, 2, 128, 128, F32, False, True, "contiguous"),
+        (1, 70, 2, 96, 200, BF16, False, True, "contiguous"),
     ]
 )
 
@@ -252,7 +253,7 @@ class TestSsd:
     pytestmark = on_device
 
     def test_matches_the_reference(self, case):
-        batch, length, heads, features, states, chunk, dtype, reverse, optional, layout = case
+        batch, length, heads, features, states, dtype, reverse, optional, layout = case
         torch.manual_seed(0)
         big, small = (batch, length, heads, features), (batch, length, states)
         end = (batch, heads, features, states)
@@ -266,7 +267,7 @@ class TestSsd:
         if optional:
             tensors["D"] = rand(heads)
             tensors["initial_state"] = rand(*end, layout=layout)
-        options = {"reverse": reverse, "chunk_size": chunk, "return_final_state": True}
+        options = {"reverse": reverse, "return_final_state": True}
 
         def reference(x, dt, A, B, C, **optional):
             if reverse:
@@ -303,11 +304,11 @@ class TestSsdAsAnOp:
 
     def call(self, x, dt, A, B, C, D, initial_state, backend="triton"):
         options = {"D": D, "initial_state": initial_state, "return_final_state": True}
-        return ssd(x, dt, A, B, C, **options, chunk_size=16, backend=backend)
+        return ssd(x, dt, A, B, C, **options, backend=backend)
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
     def test_opcheck(self):
-        torch.library.opcheck(torch.ops.vim.ssd_fused.default, (*self.make(), 16, True))
+        torch.library.opcheck(torch.ops.vim.ssd_fused.default, (*self.make(), True))
 
     def test_compile(self):
         compiled = torch.compile(self.call, fullgraph=True, backend="aot_eager")

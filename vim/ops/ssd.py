@@ -16,6 +16,8 @@ from ._dispatch import ENVIRONMENT_VARIABLE, resolve_backend
 
 __all__ = ["ssd", "ssd_reference"]
 
+CHUNK_SIZE = 64
+
 
 def ssd(
     x: Tensor,
@@ -27,7 +29,7 @@ def ssd(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -60,8 +62,8 @@ def ssd(
         D: (H,) skip connection.
         initial_state: (B, H, P, N) state before the token scanned first.
         return_final_state: whether to return the state after the token scanned last, too.
-        chunk_size: Q at most; chunks are shortened where that leaves less padding. The kernels take
-            a power of two from 16 to 64.
+        chunk_size: Q at most in the composition, which shortens chunks where that leaves less
+            padding; the kernels have sizes of their own.
         reverse: whether to scan from the last token to the first. Tokens keep their places.
         backend: "auto", "triton", or "reference" for the composition. "auto" goes by the
             environment variable VIM_BACKEND, but takes the composition for backends that have no
@@ -103,7 +105,7 @@ def _ssd(
         start = None if initial_state is None else initial_state[..., part]
         skip = D if first == 0 else None
         y_part, state = torch.ops.vim.ssd_fused(
-            x, dt, A, B[..., part], C[..., part], skip, start, chunk_size, reverse
+            x, dt, A, B[..., part], C[..., part], skip, start, reverse
         )
         y = y_part if y is None else y + y_part
         states.append(state)
@@ -258,16 +260,15 @@ def _ssd_fused(
     C: Tensor,
     D: Tensor | None,
     initial_state: Tensor | None,
-    chunk_size: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`ssd` by the kernels, for as many states as they take."""
     tensors = (x, dt, A, B, C, D, initial_state)
-    return _resolve("triton", x).forward(*tensors, chunk_size, reverse)
+    return _resolve("triton", x).forward(*tensors, reverse)
 
 
 @_ssd_fused.register_fake
-def _(x, dt, A, B, C, D, initial_state, chunk_size, reverse):
+def _(x, dt, A, B, C, D, initial_state, reverse):
     batch, _, heads, features = x.shape
     end = x.new_empty(batch, heads, features, B.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape), end
@@ -284,7 +285,6 @@ def _ssd_fused_bwd(
     C: Tensor,
     D: Tensor | None,
     initial_state: Tensor | None,
-    chunk_size: int,
     reverse: bool,
 ) -> list[Tensor]:
     """Return the gradients of the seven tensors; where a tensor is absent, an empty one."""
@@ -292,7 +292,7 @@ def _ssd_fused_bwd(
     if dy is None:
         dy = torch.zeros_like(x)
     kernels = _resolve("triton", x)
-    return pack_gradients(kernels.backward(dy, dfinal_state, *inputs, chunk_size, reverse), inputs)
+    return pack_gradients(kernels.backward(dy, dfinal_state, *inputs, reverse), inputs)
 
 
 @_ssd_fused_bwd.register_fake
@@ -301,24 +301,24 @@ def _(dy, dfinal_state, *inputs_and_options):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, ctx.reverse = inputs
+    *tensors, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dy, dfinal_state):
     if dy is None and dfinal_state is None:
-        return (None,) * 9
+        return (None,) * 8
     inputs = ctx.saved_tensors
-    gradients = torch.ops.vim.ssd_fused_bwd(dy, dfinal_state, *inputs, ctx.chunk_size, ctx.reverse)
-    return *unpack_gradients(gradients, inputs), None, None
+    gradients = torch.ops.vim.ssd_fused_bwd(dy, dfinal_state, *inputs, ctx.reverse)
+    return *unpack_gradients(gradients, inputs), None
 
 
 def _autograd_twice(ctx, dy, dfinal_state):
     """The same by the composition, whose gradients have gradients."""
     # A tensor may stand for several inputs, each of which has a gradient.
     inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
-    results = _composition(*inputs, ctx.chunk_size, ctx.reverse)
+    results = _composition(*inputs, CHUNK_SIZE, ctx.reverse)
     given = [(y, g) for y, g in zip(results, (dy, dfinal_state), strict=True) if g is not None]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     gradients = iter(
@@ -331,7 +331,7 @@ def _autograd_twice(ctx, dy, dfinal_state):
         )
     )
     asked = [x is not None and x.requires_grad for x in inputs]
-    return *(next(gradients) if a else None for a in asked), None, None
+    return *(next(gradients) if a else None for a in asked), None
 
 
 _ssd_fused.register_autograd(_autograd, setup_context=_setup_context, twice=_autograd_twice)

@@ -27,9 +27,6 @@ __all__ = ["MAX_STATES", "backward", "forward", "unavailable"]
 MAX_STATES = 128
 """States of a call at most, for which there are registers; y is a sum over parts of the states."""
 
-MAX_FEATURES = 64
-"""Features of a head that a program takes; a head of more is several heads of one decay."""
-
 
 @triton.jit
 def _rows(first, step, position, last, lanes, stride, mask):
@@ -323,9 +320,9 @@ def ssd_bwd_kernel(
     x_j, B_j and C_i have their gradients from these products. Of the exponents, a_t stands in those
     of every pair i >= t > j, in those of y_i and h for i >= t, of x_j and `after` for j < t, and of
     h and `after`. So da_t is a sum over i >= t of (all pairs in row i, less all pairs in column i,
-    the pairs of a token with itself left out) and over j < t. A part of a head of more than BLOCK_P
-    features is a head of its own with parts of the sums ddt, dA and dD; a group of heads has parts
-    of dB and dC.
+    the pairs of a token with itself left out) and over j < t. BLOCK_P features of a head of more
+    are a head of its own with parts of the sums ddt, dA and dD; a group of heads has parts of dB
+    and dC.
     """
     program = tl.program_id(0)
     group = program % groups
@@ -429,12 +426,12 @@ def ssd_bwd_kernel(
     tl.store(dC_row + q[:, None] * step + n[None, :], dC_q, mask=mask)
 
 
-def forward(x, dt, A, B, C, D, initial_state, chunk_size, reverse):
+def forward(x, dt, A, B, C, D, initial_state, reverse):
     batch, length, heads, features = x.shape
     states = B.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     end = torch.empty(batch, heads, features, states, dtype=torch.float32, device=x.device)
-    blocks = _blocks(x, states, chunk_size)
+    blocks = _blocks(x, states)
     chunks = triton.cdiv(length, blocks["CHUNK"])
     programs = batch * heads * triton.cdiv(features, blocks["BLOCK_P"])
     walk = not _idle(x, programs, chunks)
@@ -453,15 +450,15 @@ def forward(x, dt, A, B, C, D, initial_state, chunk_size, reverse):
             REVERSE=reverse,
             WALK=walk,
             **blocks,
-            **_FORWARD,
+            **_options(x, _FORWARD),
         )
     return y, end
 
 
-def backward(dy, dend, x, dt, A, B, C, D, initial_state, chunk_size, reverse):
+def backward(dy, dend, x, dt, A, B, C, D, initial_state, reverse):
     batch, length, heads, features = x.shape
     states = B.shape[-1]
-    blocks = _blocks(x, states, chunk_size)
+    blocks = _blocks(x, states)
     chunks = triton.cdiv(length, blocks["CHUNK"])
     parts = heads * triton.cdiv(features, blocks["BLOCK_P"])
     groups = _groups(x, batch * chunks, parts)
@@ -489,7 +486,7 @@ def backward(dy, dend, x, dt, A, B, C, D, initial_state, chunk_size, reverse):
             *(*dy.stride(), *x.stride(), *dt.stride(), *_of_items(A), *B.stride(), *C.stride()),
             REVERSE=reverse,
             **blocks,
-            **_BACKWARD,
+            **_options(x, _BACKWARD),
         )
 
     def of_heads(sums):
@@ -526,7 +523,7 @@ def _states(x, dt, A, W, start, end, blocks, reverse, adjoint):
         REVERSE=reverse,
         ADJOINT=adjoint,
         **blocks,
-        **_STATES,
+        **_options(x, _STATES),
     )
     return saved
 
@@ -536,14 +533,20 @@ _STATES = {"num_warps": 4, "num_stages": 3}
 _BACKWARD = {"num_warps": 8, "num_stages": 2}
 
 
-def _blocks(x, states: int, chunk_size: int) -> dict:
-    """Sizes of the tiles, 16 at least, as products need; and how exact products of float32 are."""
-    most = 32 if x.dtype == torch.float32 or states > 64 else 64
-    chunk = min(most, max(16, triton.next_power_of_2(chunk_size + 1) // 2))
+def _options(x, options: dict) -> dict:
+    """How a kernel is compiled; products of float32 keep tensor cores out and registers full."""
+    return {"num_warps": 8, "num_stages": 1} if x.dtype == torch.float32 else options
+
+
+def _blocks(x, states: int) -> dict:
+    """Sizes of the tiles, 16 at least, as products need."""
+    _, length, _, features = x.shape
+    exact = x.dtype == torch.float32
+    most = 32 if exact and states > 64 else 64
     return {
-        "CHUNK": chunk,
+        "CHUNK": 16 if exact else min(64, max(16, triton.next_power_of_2(length))),
         "BLOCK_N": max(16, triton.next_power_of_2(states)),
-        "BLOCK_P": max(16, min(MAX_FEATURES, triton.next_power_of_2(x.shape[-1]))),
+        "BLOCK_P": max(16, min(most, triton.next_power_of_2(features))),
         "PRECISION": "ieee",
     }
 
