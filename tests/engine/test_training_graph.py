@@ -19,6 +19,13 @@ def test_without_a_gpu_it_is_the_module():
     assert torch.equal(TrainingGraph(module)(x), module(x))
 
 
+def test_several_processes_have_none(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="cuda_graph=True is for one process"):
+        TrainingGraph(nn.Linear(3, 2))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_steps_are_those_of_the_module(dtype):
