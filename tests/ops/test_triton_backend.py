@@ -17,6 +17,8 @@ from vim.ops import (
     add_norm_reference,
     causal_conv1d,
     causal_conv1d_reference,
+    gated_rms_norm,
+    gated_rms_norm_reference,
     selective_scan,
     selective_scan_reference,
     ssd,
@@ -436,3 +438,55 @@ class TestAddNorm:
             tensors,
             [rand(*shape, dtype=dtype, layout=layout), rand(*shape, dtype=residual_dtype)],
         )
+
+
+# shape, dtype, whether a sum is gated, layout
+GATED_NORMS = (
+    [
+        ((1, 1), F32, True, "contiguous"),
+        ((2, 3, 33), F32, True, "transposed"),
+        ((3, 2, 64), F16, True, "sliced"),
+        ((2, 600, 5), F32, False, "contiguous"),
+        ((2, 3, 5), F32, True, "expanded"),
+    ]
+    if INTERPRETED
+    else [
+        ((1, 1), F32, True, "contiguous"),
+        ((8, 197, 384), BF16, True, "sliced"),
+        ((8, 197, 768), F16, False, "contiguous"),
+        ((5, 77, 65), F32, True, "transposed"),
+        ((3, 5000), F32, True, "expanded"),
+    ]
+)
+
+
+@pytest.mark.parametrize("case", GATED_NORMS, ids=lambda case: "-".join(map(str, case)))
+class TestGatedRmsNorm:
+    pytestmark = on_device
+
+    def make(self, case):
+        shape, dtype, summed, layout = case
+        torch.manual_seed(0)
+        names = ("y", "z", "other") if summed else ("y", "z")
+        tensors = {name: rand(*shape, dtype=dtype, layout=layout) for name in names}
+        return tensors | {"weight": rand(shape[-1])}, rand(*shape, dtype=dtype, layout=layout)
+
+    def test_matches_the_reference(self, case):
+        tensors, dout = self.make(case)
+        check(
+            lambda **t: (gated_rms_norm(**t, backend="triton"),),
+            lambda **t: (gated_rms_norm_reference(**t),),
+            tensors,
+            [dout],
+        )
+
+    def test_gradients_have_gradients(self, case):
+        tensors, dout = self.make(case)
+        results = []
+        for backend in ("triton", "reference"):
+            leaves = [t.detach().float().requires_grad_() for t in tensors.values()]
+            out = gated_rms_norm(**dict(zip(tensors, leaves, strict=True)), backend=backend)
+            gradients = torch.autograd.grad(out, leaves, dout.float(), create_graph=True)
+            penalty = sum(g.square().sum() for g in gradients)
+            results.append(torch.autograd.grad(penalty, leaves))
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

@@ -15,7 +15,7 @@ __all__ = ["BidirectionalMamba2", "GatedRMSNorm"]
 
 
 class GatedRMSNorm(nn.Module):
-    """Gate and normalise: (..., D), (..., D) -> (..., D), rms_norm(y * silu(z)) * weight.
+    """Gate and normalise: (..., D), (..., D) -> (..., D), rms_norm((y + other) * silu(z)) * weight.
 
     Args:
         dim: D.
@@ -31,9 +31,8 @@ class GatedRMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y = y * F.silu(z)
-        return F.rms_norm(y, self.weight.shape, self.weight.to(y.dtype), self.eps)
+    def forward(self, y: Tensor, z: Tensor, other: Tensor | None = None) -> Tensor:
+        return torch.ops.vim.gated_rms_norm(y, z, self.weight, other, self.eps)
 
 
 @torch.no_grad()
@@ -129,7 +128,7 @@ class BidirectionalMamba2(Float32Parameters):
         y_f = self._one_direction(0, weight, bias, x, BC_f, dt_f)
         weight, bias = self.backward_conv1d.weight, self.backward_conv1d.bias
         y_b = self._one_direction(1, weight, bias, x, BC_b, dt_b)
-        return self.out_proj(self.norm(y_f + y_b, z))
+        return self.out_proj(self.norm(y_f, z, y_b))
 
     def _one_direction(
         self, i: int, weight: Tensor, bias: Tensor, x: Tensor, BC: Tensor, dt: Tensor

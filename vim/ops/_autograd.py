@@ -3,7 +3,8 @@
 An op can return tensors but not None, so an absent input has an empty gradient inside the op.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -106,6 +107,43 @@ def composite(name: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+def differentiable_gradients(
+    function: Callable,
+    inputs: Sequence[Tensor | None],
+    output_gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return gradients of `function(*inputs)`, a composition of PyTorch's ops, that have gradients.
+
+    Args:
+        output_gradients: one for each result, None where the loss does not depend on it.
+    """
+    # One tensor may stand for several inputs, each of which has a gradient.
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
+    results = _as_tuple(function(*inputs))
+    used = [(y, g) for y, g in zip(results, output_gradients, strict=True) if g is not None]
+    asked = [x is not None and x.requires_grad for x in inputs]
+    gradients = iter(
+        torch.autograd.grad(
+            [y for y, _ in used],
+            [x for x, wanted in zip(inputs, asked, strict=True) if wanted],
+            [g for _, g in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(gradients) if wanted else None for wanted in asked]
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Keep the dtypes that a composition of PyTorch's ops chooses."""
+    if device.type == "meta":  # which has no autocast
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _undifferentiable(gradients: list[Tensor | None], name: str) -> list[Tensor | None]:

@@ -4,15 +4,20 @@ Size letters: B batch, L tokens, H heads, P features of a head, N state, Q token
 chunks.
 """
 
-import os
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import composite, fake_gradients, operator, pack_gradients, unpack_gradients
-from ._dispatch import ENVIRONMENT_VARIABLE, resolve_backend
+from ._autograd import (
+    composite,
+    differentiable_gradients,
+    fake_gradients,
+    operator,
+    pack_gradients,
+    unpack_gradients,
+    without_autocast,
+)
+from ._dispatch import resolve_fused
 
 __all__ = ["ssd", "ssd_reference"]
 
@@ -95,7 +100,7 @@ def _ssd(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     _check(x, dt, A, B, C, D, initial_state, chunk_size)
-    kernels = _resolve(backend, x)
+    kernels = resolve_fused("ssd", backend, x.device, x.dtype)
     if kernels is None:
         return _composition(x, dt, A, B, C, D, initial_state, chunk_size, reverse)
     y: Tensor | None = None
@@ -112,25 +117,10 @@ def _ssd(
     return y, states[0] if len(states) == 1 else torch.cat(states, -1)
 
 
-def _resolve(backend: str, x: Tensor) -> ModuleType | None:
-    """Return the module of the fused kernels, or None for the composition."""
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        # On a CPU the composition is the fastest there is.
-        if backend == "auto" and not (x.device.type == "cuda" and torch.cuda.is_available()):
-            return None
-        if backend in ("cuda", "cpu"):
-            return None
-    return resolve_backend("ssd", backend, x.device, x.dtype, None)
-
-
 def _composition(x, dt, A, B, C, D, initial_state, chunk_size, reverse) -> tuple[Tensor, Tensor]:
     if reverse:
         x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
-    if x.device.type != "meta":  # which has no autocast
-        with torch.autocast(x.device.type, enabled=False):
-            y, state = _chunked(x, dt, A, B, C, D, initial_state, chunk_size)
-    else:
+    with without_autocast(x.device):
         y, state = _chunked(x, dt, A, B, C, D, initial_state, chunk_size)
     return (y.flip(1) if reverse else y), state
 
@@ -263,8 +253,8 @@ def _ssd_fused(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`ssd` by the kernels, for as many states as they take."""
-    tensors = (x, dt, A, B, C, D, initial_state)
-    return _resolve("triton", x).forward(*tensors, reverse)
+    kernels = resolve_fused("ssd", "triton", x.device, x.dtype)
+    return kernels.forward(x, dt, A, B, C, D, initial_state, reverse)
 
 
 @_ssd_fused.register_fake
@@ -291,7 +281,7 @@ def _ssd_fused_bwd(
     inputs = (x, dt, A, B, C, D, initial_state)
     if dy is None:
         dy = torch.zeros_like(x)
-    kernels = _resolve("triton", x)
+    kernels = resolve_fused("ssd", "triton", x.device, x.dtype)
     return pack_gradients(kernels.backward(dy, dfinal_state, *inputs, reverse), inputs)
 
 
@@ -316,22 +306,11 @@ def _autograd(ctx, dy, dfinal_state):
 
 def _autograd_twice(ctx, dy, dfinal_state):
     """The same by the composition, whose gradients have gradients."""
-    # A tensor may stand for several inputs, each of which has a gradient.
-    inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
-    results = _composition(*inputs, CHUNK_SIZE, ctx.reverse)
-    given = [(y, g) for y, g in zip(results, (dy, dfinal_state), strict=True) if g is not None]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(
-            [y for y, _ in given],
-            wanted,
-            [g for _, g in given],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    asked = [x is not None and x.requires_grad for x in inputs]
-    return *(next(gradients) if a else None for a in asked), None
+
+    def composition(*inputs):
+        return _composition(*inputs, CHUNK_SIZE, ctx.reverse)
+
+    return *differentiable_gradients(composition, ctx.saved_tensors, (dy, dfinal_state)), None
 
 
 _ssd_fused.register_autograd(_autograd, setup_context=_setup_context, twice=_autograd_twice)
