@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vim.ops import (
     add_norm,
@@ -311,6 +312,17 @@ class TestSsdAsAnOp:
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
     def test_opcheck(self):
         torch.library.opcheck(torch.ops.vim.ssd_fused.default, (*self.make(), True))
+
+    def test_flops(self):
+        with FlopCounterMode(display=False) as counter:
+            y, _ = self.call(*self.make())
+        forward = counter.get_total_flops()
+        length, heads, features, states = 19, 2, 4, 3
+        inside = 2 * length * length * (states + heads * features)
+        assert forward == inside + 2 * 2 * length * heads * features * states
+        with counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == 2 * forward
 
     def test_compile(self):
         compiled = torch.compile(self.call, fullgraph=True, backend="aot_eager")

@@ -52,6 +52,23 @@ def _(dy, dfinal_state, x, weight, *others, out_shape=None, **kwargs) -> int:
     return 2 * _conv(x, weight[1])
 
 
+def _dual(x_shape, states: int) -> int:
+    """Products inside chunks of 64 tokens, and those that write and read the state."""
+    batch, length, heads, features = x_shape
+    inside = 2 * batch * length * min(length, 64) * (states + heads * features)
+    return inside + 4 * prod(x_shape) * states
+
+
+@register_flop_formula(torch.ops.vim.ssd_fused)
+def _(x, dt, A, B, *others, out_shape=None, **kwargs) -> int:
+    return _dual(x, B[2])
+
+
+@register_flop_formula(torch.ops.vim.ssd_fused_bwd)
+def _(dy, dfinal_state, x, dt, A, B, *others, out_shape=None, **kwargs) -> int:
+    return 2 * _dual(x, B[2])
+
+
 @register_flop_formula(torch.ops.vim.bidirectional_mixer)
 def _(xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
     return _mixer(xz, forward_branch)
