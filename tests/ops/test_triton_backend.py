@@ -28,6 +28,7 @@ from vim.ops import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from vim.ops import triton as triton_backend
 from vim.ops.triton import selective_scan as scan_in_triton
 from vim.ops.triton import ssd as ssd_in_triton
 
@@ -61,6 +62,11 @@ def test_what_cannot_be_served_says_why(dtype, message):
     x = torch.zeros(1, 2, 3, dtype=dtype)
     with pytest.raises(RuntimeError, match=message):
         causal_conv1d(x, torch.zeros(3, 2), backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a GPU to launch kernels on")
+def test_why_nothing_can_be_launched():
+    assert "install a C compiler" in triton_backend._no_launcher()
 
 
 def rand(*shape, dtype=torch.float32, layout="contiguous"):

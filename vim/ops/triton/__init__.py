@@ -4,7 +4,9 @@ This package is called like Triton itself; absolute imports keep the two apart.
 """
 
 import contextlib
+import functools
 import os
+import subprocess
 
 import torch
 
@@ -33,13 +35,26 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
                 "Triton needs a GPU of compute capability 7.0, "
                 f"this one has {capability[0]}.{capability[1]}; use backend='reference'"
             )
-        return None
+        return None if INTERPRETED else _no_launcher()
     if device.type == "cpu" and INTERPRETED:
         return None
     return (
         "Triton's kernels run on a GPU; move the tensors to one, or, to debug on the CPU, set "
         "TRITON_INTERPRET=1 before Python starts"
     )
+
+
+@functools.cache
+def _no_launcher() -> str | None:
+    """Return why Triton cannot build the C code that launches kernels; None where it can."""
+    try:
+        _ = triton.runtime.driver.active.utils
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return (
+            f"Triton cannot build what launches its kernels ({error}); install a C compiler and "
+            "Python's headers"
+        )
+    return None
 
 
 def launching_on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
