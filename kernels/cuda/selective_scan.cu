@@ -10,23 +10,41 @@
 // A block has a team of threads for each direction, for the same CH channels and the same tokens.
 // The reverse team walks the tiles from the last to the first. Whichever team is first at a tile
 // writes its share of y; the one that comes second adds its own, gates, and writes the result, so
-// that both directions need one launch and no pass to merge them. Accumulation is in float32.
+// that both directions need one launch and no pass to merge them. Accumulation is in float32. y may
+// lie where forward's u is, if reverse's shares go where reverse's u is: a team has read a tile of its
+// own u before it writes there.
+//
+// With STEPS > 0 the step sizes before bias and softplus are the product of 8 * STEPS numbers a token
+// and dt_proj, which the tensor cores work out tile by tile: dt never lies in memory.
 
 #include "selective_scan.cuh"
 
 enum Mode {
     OUTPUT = 0,         // y
     STATES_ONLY = 1,    // no y: states before the tiles, or states after the chunks
-    STATES_AND_DZ = 2,  // for the backward: states before the tiles, and the gradient of z
+    STATES_AND_DZ = 2,  // for the backward: states before the tiles, the gradient of z, y again
 };
 
 // Which team comes to a tile.
 enum Visit { FIRST, MIDDLE, SECOND };
 
-template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE>
+template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
+          int STEPS>
 struct TeamShared {
     alignas(16) scalar_t u[2][T][CH];
-    alignas(16) scalar_t dt[2][T][CH];
+    static constexpr bool PRODUCT = STEPS > 0;
+    alignas(16) scalar_t dt[PRODUCT ? 1 : 2][PRODUCT ? 1 : T][CH];
+    // A warp that stores products, or loads weights, meets every bank once.
+    static constexpr int DT_PITCH = PRODUCT ? CH + 4 : CH, WEIGHT_PITCH = 4 * (STEPS | 1);
+    alignas(16) float product[PRODUCT ? T : 1][PRODUCT ? DT_PITCH : 4];
+    unsigned dt_proj[PRODUCT ? CH : 1][WEIGHT_PITCH];
+    __device__ __forceinline__ auto dt_at(int stage, int r, int c) const {
+        if constexpr (PRODUCT) {
+            return &product[r][c];
+        } else {
+            return &dt[stage][r][c];
+        }
+    }
     static constexpr int Y_ROWS = MODE == STATES_ONLY ? 1 : T;
     alignas(16) scalar_t z[Y_ROWS][CH];
     alignas(16) scalar_t dy[MODE == STATES_AND_DZ ? T : 1][CH];
@@ -38,6 +56,78 @@ struct TeamShared {
     static constexpr int DRIVE_PITCH = T + (WARP_CHANNELS == 4 ? 4 : 2);
     alignas(16) float y[Y_ROWS][Y_PITCH];
     alignas(16) float2 drive[S > 1 ? CH * DRIVE_PITCH : 1];  // (delta, delta * u) for S > 1
+};
+
+// d += a * b on the tensor cores. With g = lane / 4 and t = lane % 4, a lane gives rows g and g + 8 of
+// a (16, 8), columns 2 t and 2 t + 1, and the same rows of b, column g; it gets d[0], d[1] = d(g, 2 t),
+// d(g, 2 t + 1), and d[2], d[3] = the same of row g + 8.
+__device__ __forceinline__ void mma(__nv_bfloat16, float (&d)[4], const unsigned (&a)[2],
+                                    unsigned b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+__device__ __forceinline__ void mma(__half, float (&d)[4], const unsigned (&a)[2], unsigned b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// A thread's part in multiplying T tokens' low-rank rows by dt_proj. `load` reads them as the mma
+// takes them, 8 tokens at a time for every warp of the team; `multiply` leaves dt in shared memory.
+template <typename scalar_t, int CH, int T, int TEAM, int STEPS>
+struct LowRankItem {
+    static constexpr int WARPS = TEAM / 32, COUNT = (T / 8 + WARPS - 1) / WARPS;
+    static_assert(T % 8 == 0 && TEAM % 32 == 0, "whole warps multiply 8 tokens");
+    int warp, g, t;
+    unsigned raw[COUNT][STEPS];
+
+    __device__ __forceinline__ explicit LowRankItem(int thread)
+        : warp(thread / 32), g(thread % 32 / 4), t(thread % 4) {}
+    __device__ __forceinline__ int row() const { return warp * 8 + g; }
+
+    // `from` is where this thread's first row is; rows outside [low, high) are zero.
+    __device__ __forceinline__ void load(const scalar_t *from, int stride, int low, int high) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int r = row() + i * WARPS * 8;
+            const bool valid = r >= low && r < high;
+            const scalar_t *at = from + static_cast<long long>(i * WARPS * 8) * stride;
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k)
+                raw[i][k] = valid ? *reinterpret_cast<const unsigned *>(at + 8 * k) : 0;
+        }
+    }
+
+    template <typename Shared> __device__ __forceinline__ void multiply(Shared &my) const {
+#pragma unroll
+        for (int c = 0; c < CH; c += 16) {
+            unsigned weight[STEPS][2];
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                weight[k][0] = my.dt_proj[c + g][4 * k + t];
+                weight[k][1] = c + 8 < CH ? my.dt_proj[(c + g + 8) % CH][4 * k + t] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                const int first = (warp + i * WARPS) * 8;
+                if (T / 8 % WARPS && first >= T) break;
+                float d[4] = {};
+#pragma unroll
+                for (int k = 0; k < STEPS; ++k) mma(scalar_t(), d, weight[k], raw[i][k]);
+                float(*to)[Shared::DT_PITCH] = my.product + first + 2 * t;
+                to[0][c + g] = d[0], to[1][c + g] = d[1];
+                if (c + 8 < CH) to[0][c + g + 8] = d[2], to[1][c + g + 8] = d[3];
+            }
+        }
+    }
+};
+template <typename scalar_t, int CH, int T, int TEAM>
+struct LowRankItem<scalar_t, CH, T, TEAM, 0> {
+    __device__ __forceinline__ explicit LowRankItem(int) {}
+    __device__ __forceinline__ int row() const { return 0; }
 };
 
 // What a lane knows of its CPT channels, and the recurrence for its NS states of each.
@@ -86,7 +176,7 @@ __device__ __forceinline__ void scan_rows(Lane<NS, CPT> &lane, Shared &my, int s
     for (int t = 0; t < U; ++t) {
         float u[CPT];
         load(&my.u[stage][r + t][c0], u);
-        load(&my.dt[stage][r + t][c0], delta[t]);
+        load(my.dt_at(stage, r + t, c0), delta[t]);
 #pragma unroll
         for (int j = 0; j < CPT; ++j) {
             delta[t][j] += lane.bias[j];
@@ -121,7 +211,7 @@ __device__ __forceinline__ void wait_for_team(int team) {
 
 // U tokens are scanned at a time. VECTOR: every access can be vectorised, and all N states exist.
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
-          bool SOFTPLUS, bool VECTOR, int MIN_BLOCKS>
+          int STEPS, bool SOFTPLUS, bool VECTOR, int MIN_BLOCKS>
 __global__ void __launch_bounds__(CH / CPT * S * DIRS,
                   MIN_BLOCKS > FEWER_BLOCKS ? MIN_BLOCKS - FEWER_BLOCKS : 1)
 selective_scan_fwd_kernel(const ScanParams p) {
@@ -129,7 +219,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
     constexpr int TEAM = CH / CPT * S;  // threads of a direction
     constexpr int QUAD = N < 4 ? N : 4;
     constexpr bool HAS_Y = MODE != STATES_ONLY;
-    using Shared = TeamShared<scalar_t, NS, S, CPT, CH, T, U, DIRS, MODE>;
+    using Shared = TeamShared<scalar_t, NS, S, CPT, CH, T, U, DIRS, MODE, STEPS>;
     __shared__ Shared shared[DIRS];
 
     float scale;  // converted here: the compiler would do it again, slowly, at each use
@@ -184,10 +274,24 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int dy_stride = sign * static_cast<int>(p.dy_token);
     const int y_stride = sign * static_cast<int>(p.y_token);
     const scalar_t *u = start_of(p.u, team * p.u_dir + batch * p.u_batch, p.u_token);
-    const scalar_t *dt = start_of(p.dt, team * p.dt_dir + batch * p.dt_batch, p.dt_token);
+    using LowRank = LowRankItem<scalar_t, CH, T, TEAM, STEPS>;
+    LowRank low_rank(thread);
+    const long long dt_offset = team * p.dt_dir + batch * p.dt_batch;
+    const scalar_t *dt = start_of(p.dt, dt_offset, p.dt_token);
+    if constexpr (STEPS > 0)
+        dt = static_cast<const scalar_t *>(p.dt) + dt_offset +
+             (first_token + walk.first(low_rank.row())) * p.dt_token + thread % 4 * 2;
     const scalar_t *z = start_of(p.z, batch * p.z_batch, p.z_token);
     const scalar_t *dy = start_of(p.dy, batch * p.dy_batch, p.dy_token);
     scalar_t *y = const_cast<scalar_t *>(start_of(p.y, batch * p.y_batch, p.y_token));
+    // Where this team leaves its share of y, and finds the other's.
+    const long long to_share = static_cast<const scalar_t *>(p.share) -
+                               static_cast<const scalar_t *>(p.y);
+    const long long own_share = DIRS == 2 && team == 1 ? to_share : 0;
+    const long long other_share = DIRS == 2 && team == 0 ? to_share : 0;
+    scalar_t *gated =
+        const_cast<scalar_t *>(start_of(p.gated, batch * p.length * p.channels, p.channels));
+    const int gated_stride = sign * static_cast<int>(p.channels);
     const long long B_offset = team * p.B_dir + batch * p.B_batch + group * p.B_group;
     const long long C_offset = team * p.C_dir + batch * p.C_batch + group * p.C_group;
     const long long BC_stride = matrices.is_C ? p.C_token : p.B_token;
@@ -200,7 +304,11 @@ selective_scan_fwd_kernel(const ScanParams p) {
     auto prefetch = [&](int step) {
         const int stage = step % 2, low = walk.low(step), high = walk.high(step);
         item.read(my.u[stage], u, u_stride, low, high, vector_rows);
-        item.read(my.dt[stage], dt, dt_stride, low, high, vector_rows);
+        if constexpr (STEPS > 0) {
+            low_rank.load(dt, dt_stride, low, high);
+        } else {
+            item.read(my.dt[stage], dt, dt_stride, low, high, vector_rows);
+        }
         matrices.load(BC, BC_step, low, high, vector_bc);
         u += static_cast<long long>(T) * u_stride;
         dt += static_cast<long long>(T) * dt_stride;
@@ -273,6 +381,14 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
     prefetch(0);
     commit_copies();
+    if constexpr (STEPS > 0) {
+        const unsigned *weights = static_cast<const unsigned *>(p.dt_proj) +
+                                  (team * p.channels + d0) * (4 * STEPS);
+        for (int i = thread; i < CH * 4 * STEPS; i += TEAM)
+            my.dt_proj[i / (4 * STEPS)][i % (4 * STEPS)] =
+                i < channels * 4 * STEPS ? weights[i] : 0;
+        wait_for_team<TEAM, DIRS>(team);
+    }
     matrices.store(my.BC);
 
 #pragma unroll 1
@@ -283,6 +399,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
         // Stage 1: this tile has arrived and the last one is written out; ask for the next. Before
         // the first tile to which a team comes second, the other must have written its share.
+        if constexpr (STEPS > 0) low_rank.multiply(my);
         wait_copies<0>();
         if (DIRS == 2 && HAS_Y && visit == SECOND && visit_of(step - 1) != SECOND) {
             __syncthreads();
@@ -296,7 +413,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
                     item.read(my.dy, dy, dy_stride, low, high, vector_rows);
                 if constexpr (DIRS == 2) {
                     if (visit == SECOND)
-                        item.read(my.other, y, y_stride, low, high, vector_rows);
+                        item.read(my.other, y + other_share, y_stride, low, high, vector_rows);
                 }
             }
             z += static_cast<long long>(T) * z_stride;
@@ -345,7 +462,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
             constexpr int ROWS = 64 / WARP_CHANNELS;
             const int drive_row = threadIdx.x % 32 / (WARP_CHANNELS / 2);
             const scalar_t *u_from = &my.u[stage][drive_row][drive_channel];
-            const scalar_t *dt_from = &my.dt[stage][drive_row][drive_channel];
+            const auto *dt_from = my.dt_at(stage, drive_row, drive_channel);
             float2 *drive_to[2] = {drive_at(drive_row, drive_channel),
                                    drive_at(drive_row, drive_channel + 1)};
             constexpr int ALL = (T + ROWS - 1) / ROWS, BATCH = ALL % 4 ? ALL % 2 ? 1 : 2 : 4;
@@ -356,7 +473,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
                     load(u_from + (k + i) * ROWS * CH, u_[i]);
-                    load(dt_from + (k + i) * ROWS * CH, delta[i]);
+                    load(dt_from + (k + i) * ROWS * Shared::DT_PITCH, delta[i]);
                 }
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
@@ -473,31 +590,37 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
                     for (int j = 0; j < VEC; ++j) sum[j] = (sum[j] + other[j]) * scale;
                 }
+                const long long down = k * Item::ROW_STEP;
+                auto write = [&](scalar_t *to, const float (&values)[VEC]) {
+                    if (vector_rows) {
+                        store(to, values);
+                    } else {
+#pragma unroll
+                        for (int j = 0; j < VEC; ++j)
+                            if (j < item.columns) to[j] = from_float<scalar_t>(values[j]);
+                    }
+                };
                 if (visit != FIRST && p.z != nullptr) {
                     float z_[VEC];
                     load(&my.z[r][c], z_);
                     if constexpr (MODE == STATES_AND_DZ) {
-                        float dy_[VEC];
+                        float dy_[VEC], out[VEC];
                         load(&my.dy[r][c], dy_);
 #pragma unroll
                         for (int j = 0; j < VEC; ++j) {
                             const float gate = fast_sigmoid(z_[j]);
+                            out[j] = sum[j] * z_[j] * gate;
                             sum[j] *= dy_[j] * gate * fmaf(z_[j], 1.f - gate, 1.f);
                         }
+                        if (p.gated != nullptr) write(gated + down * gated_stride, out);
                     } else {
 #pragma unroll
                         for (int j = 0; j < VEC; ++j) sum[j] *= fast_silu(z_[j]);
                     }
                 }
-                scalar_t *to = y + static_cast<long long>(k * Item::ROW_STEP) * y_stride;
-                if (vector_rows) {
-                    store(to, sum);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < VEC; ++j)
-                        if (j < item.columns) to[j] = from_float<scalar_t>(sum[j]);
-                }
+                write(y + down * y_stride + (visit == FIRST ? own_share : 0), sum);
             }
+            if constexpr (MODE == STATES_AND_DZ) gated += static_cast<long long>(T) * gated_stride;
             y += static_cast<long long>(T) * y_stride;
         }
     }

@@ -80,6 +80,7 @@ def test_evaluation_and_stochastic_depth():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:cuDNN Attention defaults to a non-deterministic")  # PyTorch's
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer_has_a_graph(name):
     """Loss and gradients are those of the module, up to the order of additions."""

@@ -44,21 +44,37 @@ def make(shape, dtype, seed=0):
 
 
 def run(function, xz, branches, dy, dtype=None, device="cpu", **options):
-    """Return the output and the gradient of every tensor, by name."""
+    """Return the output and the gradient of every tensor, by name.
+
+    Args:
+        branches: the tensors of both directions, and perhaps out_weight and out_bias.
+    """
+    count = len(BRANCH)
     names = ["xz", *(f"forward_{n}" for n in BRANCH), *(f"backward_{n}" for n in BRANCH)]
+    names = [*names, "out_weight", "out_bias"][: 1 + len(branches)]
     leaves = [x.detach().to(device, dtype or x.dtype).requires_grad_() for x in (xz, *branches)]
-    y = function(leaves[0], leaves[1 : 1 + len(BRANCH)], leaves[1 + len(BRANCH) :], **options)
+    options |= dict(zip(names[1 + 2 * count :], leaves[1 + 2 * count :], strict=True))
+    y = function(leaves[0], leaves[1 : 1 + count], leaves[1 + count : 1 + 2 * count], **options)
     gradients = torch.autograd.grad(y, leaves, dy.to(device, y.dtype))
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(names, gradients, strict=True)}
 
 
-def check(shape, dtype, backend):
+def make_out(shape, bias=True):
+    """Return the output projection of a mixer, in float32 as a model keeps it."""
+    channels, features = shape[2], shape[2] // 2 + 3
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(features, channels, generator=generator) * channels**-0.5
+    return [weight, torch.randn(features, generator=generator)][: 1 + bias]
+
+
+def check(shape, dtype, backend, out=()):
     xz, forward_branch, backward_branch = make(shape, dtype)
-    branches = [*forward_branch, *backward_branch]
-    dy = torch.randn(*xz.shape[:2], xz.shape[2] // 2).to(dtype)
+    branches = [*forward_branch, *backward_branch, *out]
+    features = out[0].shape[0] if out else xz.shape[2] // 2
+    dy = torch.randn(*xz.shape[:2], features).to(dtype)
     # The definition in the tested precision: what lies between two products is rounded to it.
     rounded = [
-        x.to(dtype).float() if x.dim() == 2 and i % 7 in (2, 3) else x
+        x.to(dtype).float() if x.dim() == 2 and (i % 7 in (2, 3) or i == 14) else x
         for i, x in enumerate(branches)
     ]
     truth = run(bidirectional_mixer_reference, xz, rounded, dy, torch.float64)
@@ -73,16 +89,25 @@ def test_output_and_every_gradient(shape, dtype, backend):
     check(shape, dtype, backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("shape", list(SHAPES.values())[1:], ids=list(SHAPES)[1:])
+def test_with_the_output_projection(shape, bias, dtype, backend):
+    check(shape, dtype, backend, make_out(shape, bias))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("projected", [False, True], ids=["", "projected"])
 @pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
-def test_output_and_every_gradient_at_size(shape, dtype, backend):
-    check(shape, dtype, backend)
+def test_output_and_every_gradient_at_size(shape, projected, dtype, backend):
+    check(shape, dtype, backend, make_out(shape) if projected else ())
 
 
-def test_reference_op_equals_the_definition():
+@pytest.mark.parametrize("out", [[], make_out(SHAPES["B2-L5-D6-N3"])], ids=["", "projected"])
+def test_reference_op_equals_the_definition(out):
     xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float64)
-    branches = [x.double() for branch in branches for x in branch]
+    branches = [x.double() for branch in (*branches, out) for x in branch]
     dy = torch.randn(2, 5, 6, dtype=torch.float64)
     truth = run(bidirectional_mixer_reference, xz, branches, dy)
     actual = run(bidirectional_mixer, xz, branches, dy)
@@ -101,13 +126,15 @@ def test_gradcheck():
 def test_opcheck(save):
     xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float32)
     tensors = [x.requires_grad_(save) for x in (xz, *branches[0], *branches[1])]
-    args = (tensors[0], tensors[1:8], tensors[8:], 0.5, save, "auto")
-    torch.library.opcheck(torch.ops.vim.bidirectional_mixer.default, args)
+    for out in ((None, None), make_out(SHAPES["B2-L5-D6-N3"])):
+        out = [x if x is None else x.requires_grad_(save) for x in out]
+        args = (tensors[0], tensors[1:8], tensors[8:], *out, 0.5, save, "auto")
+        torch.library.opcheck(torch.ops.vim.bidirectional_mixer.default, args)
 
 
 def test_nothing_is_saved_where_no_gradient_is_asked():
     xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float32)
-    _, saved = torch.ops.vim.bidirectional_mixer(xz, *branches, 0.5, False, "auto")
+    _, saved = torch.ops.vim.bidirectional_mixer(xz, *branches, None, None, 0.5, False, "auto")
     assert saved == []
 
 
@@ -161,6 +188,12 @@ def test_sum_is_twice_the_mean(backend):
         (lambda xz, f, b: (xz, f, [*b[:6], b[6][1:]]), ValueError, "D of the backward branch"),
         (lambda xz, f, b: (xz, f, [*b[:6], b[6].int()]), TypeError, "D of the backward branch"),
         (lambda xz, f, b: (xz, [f[0].to("meta"), *f[1:]], b), ValueError, "device of xz"),
+        (
+            lambda xz, f, b: (xz, f, b, 0.5, "auto", f[0]),
+            ValueError,
+            r"out_weight must be \(6, 6\)",
+        ),
+        (lambda xz, f, b: (xz, f, b, 0.5, "auto", None, f[1]), ValueError, "out_bias needs"),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -24,7 +24,9 @@ def convolve(x, weight, bias, weight_reverse, bias_reverse):
     )
 
 
-def scan(u, dt, A, B, C, D, z, dt_bias, scale):
+def scan(u, dt, A, B, C, D, z, dt_bias, scale, dt_proj=None, overwrite_u=False):
+    if dt_proj is not None:
+        dt = dt @ dt_proj.mT.unsqueeze(1)
     return (
         scale
         * F.silu(z)
@@ -49,8 +51,10 @@ def convolve_backward(dy, x, *weights, dx):
     return dx, torch.stack([dw, dw_reverse]), torch.stack([db, db_reverse])
 
 
-def scan_backward(dy, *inputs_and_scale, dz):
+def scan_backward(dy, *inputs_and_scale, dz, y):
     *inputs, scale = inputs_and_scale
+    if y is not None:
+        y.copy_(scan(*inputs, scale))
     gradients = gradients_of(lambda *x: scan(*x, scale), dy, *inputs)
     dz.copy_(gradients[6])
     return gradients
@@ -103,8 +107,10 @@ def test_output_and_every_gradient(shape, scale, definitions):
 
     with torch.no_grad():
         y, saved = mixer.forward(xz, *branches, scale, True)
-        gradients = mixer.backward(dy, xz, *branches, saved, scale)
+        again = torch.empty_like(y)
+        gradients = mixer.backward(dy, xz, *branches, saved, scale, y=again)
     torch.testing.assert_close(y, expected.detach())
+    torch.testing.assert_close(again, y)
     specs = [(tuple(x.shape), x.dtype) for x in saved]
     assert specs == mixer.saved_specs(xz, branches[0])
     dxz, *pairs = gradients

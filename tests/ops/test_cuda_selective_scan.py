@@ -202,6 +202,53 @@ def test_both_directions(shape, options, dtype):
     assert_close_to_truth(actual, truth, baseline)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, 24, 32])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"N{way[0]}-S{way[1]}")
+def test_dt_as_a_product(way, rank, dtype):
+    inputs, _ = both_directions(Shape(2, 149, 72, N=way[0]), dtype)
+    given = torch.randn(2, 2, 149, rank + 6, device=DEVICE).to(dtype)[..., :rank]
+    weight = (torch.randn(2, 72, rank, device=DEVICE) * rank**-0.5).to(dtype)
+    exact = []
+    for tensors, wide in ((as_float64(inputs), torch.float64), (inputs, torch.float32)):
+        dt = given.to(wide) @ weight.to(wide).mT.unsqueeze(1)
+        exact.append({"y": merged_reference(**tensors | {"dt": dt}, dtype=wide)})
+    inputs |= {"dt": given, "dt_softplus": True, "reverse": False, "scale": 0.5}
+    for chunk in (None, 64):
+        both = cuda_scan._Scan(**inputs, dt_proj=weight)
+        y, _ = cuda_scan._scan_forward(both, None, False, cuda_scan._variant(*way, dtype), chunk)
+        assert_close_to_truth({"y": y}, *exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [7, 8, 16, 24, 149])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"N{way[0]}-S{way[1]}")
+def test_result_in_the_place_of_u(way, length, dtype):
+    inputs, _ = both_directions(Shape(2, length, 72, N=way[0]), dtype)
+    inputs |= {"dt_softplus": True, "reverse": False, "scale": 0.5}
+    for chunk in (None, 64):
+        results = []
+        for overwrite_u in (False, True):
+            both = cuda_scan._Scan(**inputs | {"u": inputs["u"].clone()})
+            variant = cuda_scan._variant(*way, dtype)
+            y, _ = cuda_scan._scan_forward(both, None, False, variant, chunk, overwrite_u)
+            assert (y.data_ptr() == both.u.data_ptr()) == overwrite_u
+            results.append(y)
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("rank", [12, 48], ids=str)
+def test_dt_as_a_product_made_before(rank):
+    """Ranks that the kernel does not take go through a product of PyTorch's."""
+    inputs, _ = both_directions(Shape(2, 20, 16, N=16), torch.bfloat16)
+    weight = (torch.randn(2, 16, rank, device=DEVICE) * rank**-0.5).bfloat16()
+    order = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    order[1] = torch.randn(2, 2, 20, rank, device=DEVICE).bfloat16()
+    y = cuda_scan.forward_bidirectional(*order, dt_proj=weight)
+    order[1] = order[1] @ weight.mT.unsqueeze(1)
+    assert torch.equal(y, cuda_scan.forward_bidirectional(*order))
+
+
 @pytest.mark.usefixtures("backward_in_chunks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [Shape(2, 197, 136, N=16), Shape(1, 129, 33, N=8)], ids=str)

@@ -24,12 +24,13 @@ def _conv(x_shape, width: int) -> int:
     return 2 * prod(x_shape) * width
 
 
-def _mixer(xz_shape, branch_shapes) -> int:
+def _mixer(xz_shape, branch_shapes, out_weight_shape) -> int:
     batch, length, channels = xz_shape[0], xz_shape[1], xz_shape[2] // 2
     u = (batch, length, channels)
     conv_weight, _, x_proj, dt_proj, _, A_log, _ = branch_shapes
     products = 2 * batch * length * (prod(x_proj) + prod(dt_proj))
-    return 2 * (_conv(u, conv_weight[1]) + products + _scan(u, A_log[1]))
+    out = 0 if out_weight_shape is None else 2 * batch * length * prod(out_weight_shape)
+    return 2 * (_conv(u, conv_weight[1]) + products + _scan(u, A_log[1])) + out
 
 
 @register_flop_formula(torch.ops.vim.selective_scan)
@@ -70,13 +71,13 @@ def _(dy, dfinal_state, x, dt, A, B, *others, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.vim.bidirectional_mixer)
-def _(xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
-    return _mixer(xz, forward_branch)
+def _(xz, forward_branch, _, out_weight, *others, out_shape=None, **kwargs) -> int:
+    return _mixer(xz, forward_branch, out_weight)
 
 
 @register_flop_formula(torch.ops.vim.bidirectional_mixer_bwd)
-def _(dy, xz, forward_branch, *others, out_shape=None, **kwargs) -> int:
-    return 2 * _mixer(xz, forward_branch)
+def _(dout, xz, forward_branch, _, out_weight, *others, out_shape=None, **kwargs) -> int:
+    return 2 * _mixer(xz, forward_branch, out_weight)
 
 
 def _fft(shape, length: int) -> int:

@@ -1,13 +1,21 @@
-"""What stands between the projections of Vim's mixer, in one op: both convolutions and scans.
+"""What follows the input projection of Vim's mixer, in one op: both convolutions and scans.
 
-Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, K d_conv.
+Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, K d_conv, E
+features of the tokens.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import check_saved, needs_grad, operator, pack_gradients
+from ._autograd import (
+    check_saved,
+    fake_gradients,
+    needs_grad,
+    operator,
+    pack_gradients,
+    unpack_gradients,
+)
 from ._dispatch import resolve_backend
 from ._mixer_composition import MixerComposition
 from .causal_conv1d import _REFERENCE as _CONV_REFERENCE
@@ -29,6 +37,8 @@ def bidirectional_mixer(
     backward_branch: list[Tensor],
     merge_scale: float = 0.5,
     backend: str = "auto",
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
 ) -> Tensor:
     """Return the gated, merged output of a scan in each direction.
 
@@ -38,12 +48,13 @@ def bidirectional_mixer(
         dt, B, C = u @ x_proj_weight^T, split
         y        = selective_scan(u, dt @ dt_proj_weight^T, -exp(A_log), B, C, D, dt_bias=dt_bias)
 
-    and ``merge_scale * (y_forward + y_backward) * silu(z)``.
+    and ``merge_scale * (y_forward + y_backward) * silu(z)``, which `out_weight` projects, if given.
 
     Source: Zhu et al. 2024, arXiv:2401.09417, algorithm 1, lines 4 to 17.
 
-    Differentiable in every tensor. For the backward, `xz`, the result of x_proj and the states at
-    the starts of chunks are kept; all else is computed again. State, sums and softplus are float32
+    Differentiable in every tensor. For the backward, `xz` and the result of x_proj are kept, and on
+    backends other than CUDA the states at the starts of chunks, and what `out_weight` projects;
+    all else is computed again. State, sums and softplus are float32
     (float64 where `xz` is); the products are in the dtype of `xz`, weights of another dtype are
     cast to it. Results are deterministic.
 
@@ -55,9 +66,11 @@ def bidirectional_mixer(
         merge_scale: 0.5 for the mean of the two directions, 1 for their sum.
         backend: "auto" takes the fastest one that can serve; any name of `vim.ops.BACKENDS`
             forces one.
+        out_weight: (E, D), the output projection: inside the op its input need not be kept.
+        out_bias: (E,), added to what `out_weight` gives.
 
     Returns:
-        (B, L, D) in the dtype of `xz`.
+        (B, L, D), or (B, L, E) with `out_weight`, in the dtype of `xz`.
 
     Raises:
         ValueError: shapes that do not fit together; the message says which and what is allowed.
@@ -67,10 +80,18 @@ def bidirectional_mixer(
     tensors: list[Tensor | None] = [xz]
     for tensor in forward_branch + backward_branch:
         tensors.append(tensor)  # one by one, since TorchScript cannot extend by another type
-    y, _ = torch.ops.vim.bidirectional_mixer(
-        xz, forward_branch, backward_branch, merge_scale, needs_grad(tensors), backend
+    tensors += [out_weight, out_bias]
+    out, _ = torch.ops.vim.bidirectional_mixer(
+        xz,
+        forward_branch,
+        backward_branch,
+        out_weight,
+        out_bias,
+        merge_scale,
+        needs_grad(tensors),
+        backend,
     )
-    return y
+    return out
 
 
 def bidirectional_mixer_reference(
@@ -78,6 +99,8 @@ def bidirectional_mixer_reference(
     forward_branch: list[Tensor],
     backward_branch: list[Tensor],
     merge_scale: float = 0.5,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
 ) -> Tensor:
     """Return `bidirectional_mixer` by its equations, from the references of its parts.
 
@@ -98,19 +121,31 @@ def bidirectional_mixer_reference(
             u, F.linear(dt, dt_proj), -A_log.exp(), B, C, D, None, dt_bias, reverse=reverse
         )
         total = total + y
-    return (merge_scale * total * F.silu(z)).to(xz.dtype)
+    y = merge_scale * total * F.silu(z)
+    if out_weight is not None:
+        y = F.linear(y, out_weight.to(dtype), None if out_bias is None else out_bias.to(dtype))
+    return y.to(xz.dtype)
 
 
 _REFERENCE = MixerComposition(_CONV_REFERENCE, _SCAN_REFERENCE)
 
 
-def _check(xz, forward_branch, backward_branch):
+def _check(xz, forward_branch, backward_branch, out_weight=None, out_bias=None):
     """Raise where the arguments of `bidirectional_mixer` do not fit together."""
     if not xz.is_floating_point():
         raise TypeError(f"xz must be a real floating-point tensor, got {xz.dtype}")
     if xz.dim() != 3 or xz.shape[1] == 0 or xz.shape[2] == 0 or xz.shape[2] % 2:
         raise ValueError(f"xz must be (B, L, 2 D) with L at least 1, got {tuple(xz.shape)}")
     channels, device = xz.shape[2] // 2, xz.device
+
+    def check(name, tensor, shape):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a real floating-point tensor, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of xz, {device}, got {tensor.device}")
+
     for direction, branch in (("forward", forward_branch), ("backward", backward_branch)):
         if len(branch) != len(BRANCH):
             raise ValueError(
@@ -128,24 +163,37 @@ def _check(xz, forward_branch, backward_branch):
             (channels,),
         )
         for name, tensor, shape in zip(BRANCH, branch, expected, strict=True):
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"{name} of the {direction} branch must be a real floating-point tensor, "
-                    f"got {tensor.dtype}"
-                )
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"{name} of the {direction} branch must be {shape}, got {tuple(tensor.shape)}"
-                )
-            if tensor.device != device:
-                raise ValueError(
-                    f"{name} of the {direction} branch must be on the device of xz, {device}, "
-                    f"got {tensor.device}"
-                )
+            check(f"{name} of the {direction} branch", tensor, shape)
+    if out_weight is not None:
+        check("out_weight", out_weight, (out_weight.shape[0], channels))
+    elif out_bias is not None:
+        raise ValueError("out_bias needs out_weight, got None")
+    if out_bias is not None:
+        check("out_bias", out_bias, (out_weight.shape[0],))
 
 
 def _resolve(backend: str, xz: Tensor):
     return resolve_backend("bidirectional_mixer", backend, xz.device, xz.dtype, _REFERENCE)
+
+
+def _saved_specs(
+    backend, xz: Tensor, branch: list[Tensor], out_weight: Tensor | None
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of all that the op saves, the input of `out_weight` last."""
+    specs = backend.saved_specs(xz, branch)
+    if out_weight is not None and not _lends_y(backend):
+        specs = [*specs, (_shape_of_y(xz), xz.dtype)]
+    return specs
+
+
+def _lends_y(backend) -> bool:
+    """Whether a backend need not keep y: its `forward` has an argument `transient`, for a y that is
+    soon let go, and its `backward` an argument `y`, where it writes y again."""
+    return getattr(backend, "LENDS_Y", False)
+
+
+def _shape_of_y(xz: Tensor) -> tuple[int, ...]:
+    return xz.shape[0], xz.shape[1], xz.shape[2] // 2
 
 
 @operator("bidirectional_mixer")
@@ -153,69 +201,111 @@ def _bidirectional_mixer(
     xz: Tensor,
     forward_branch: list[Tensor],
     backward_branch: list[Tensor],
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     merge_scale: float,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return (y, saved): with `save`, `saved` is what the backward needs."""
-    _check(xz, forward_branch, backward_branch)
-    forward = _resolve(backend, xz).forward
+    """Return (out, saved): with `save`, `saved` is what the backward needs."""
+    _check(xz, forward_branch, backward_branch, out_weight, out_bias)
+    backend_ = _resolve(backend, xz)
     with torch.autocast(xz.device.type, enabled=False):  # products are in the dtype of xz
-        return forward(xz, forward_branch, backward_branch, merge_scale, save)
+        arguments = (xz, forward_branch, backward_branch, merge_scale, save)
+        if out_weight is None:
+            return backend_.forward(*arguments)
+        if _lends_y(backend_):
+            y, saved = backend_.forward(*arguments, transient=True)
+        else:
+            y, saved = backend_.forward(*arguments)
+            saved = [*saved, y] if save else []
+        bias = None if out_bias is None else out_bias.to(y.dtype)
+        return F.linear(y, out_weight.to(y.dtype), bias), saved
 
 
 @_bidirectional_mixer.register_fake
-def _(xz, forward_branch, backward_branch, merge_scale, save, backend):
-    _check(xz, forward_branch, backward_branch)
-    batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    y = xz.new_empty((batch, length, channels))
+def _(xz, forward_branch, backward_branch, out_weight, out_bias, merge_scale, save, backend):
+    _check(xz, forward_branch, backward_branch, out_weight, out_bias)
+    shape = _shape_of_y(xz)
+    out = xz.new_empty(shape if out_weight is None else (*shape[:2], out_weight.shape[0]))
     if not save:
-        return y, []
-    specs = _resolve(backend, xz).saved_specs(xz, forward_branch)
-    return y, [xz.new_empty(shape, dtype=dtype) for shape, dtype in specs]
+        return out, []
+    specs = _saved_specs(_resolve(backend, xz), xz, forward_branch, out_weight)
+    return out, [xz.new_empty(shape, dtype=dtype) for shape, dtype in specs]
 
 
 @operator("bidirectional_mixer_bwd")
 def _bidirectional_mixer_bwd(
-    dy: Tensor,
+    dout: Tensor,
     xz: Tensor,
     forward_branch: list[Tensor],
     backward_branch: list[Tensor],
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
     saved: list[Tensor],
     merge_scale: float,
     backend: str,
 ) -> list[Tensor]:
-    """Return the gradient of xz, then that of each of `BRANCH` with a row a direction."""
+    """Return the gradient of xz, that of each of `BRANCH` with a row a direction, then those of
+    `out_weight` and `out_bias`."""
     backend_ = _resolve(backend, xz)
-    check_saved(saved, [shape for shape, _ in backend_.saved_specs(xz, forward_branch)])
+    specs = _saved_specs(backend_, xz, forward_branch, out_weight)
+    check_saved(saved, [shape for shape, _ in specs])
+    inputs = (xz, *forward_branch, out_weight, out_bias)
     with torch.autocast(xz.device.type, enabled=False):
-        gradients = backend_.backward(dy, xz, forward_branch, backward_branch, saved, merge_scale)
-    return pack_gradients(gradients, (xz, *forward_branch))
+        arguments = (xz, forward_branch, backward_branch)
+        if out_weight is None:
+            gradients = backend_.backward(dout, *arguments, saved, merge_scale)
+            return pack_gradients([*gradients, None, None], inputs)
+        dy = torch.matmul(dout, out_weight.to(dout.dtype))
+        if _lends_y(backend_):
+            y = xz.new_empty(_shape_of_y(xz))
+            gradients = backend_.backward(dy, *arguments, saved, merge_scale, y=y)
+        else:
+            *saved, y = saved
+            gradients = backend_.backward(dy, *arguments, saved, merge_scale)
+        rows = dout.flatten(0, 1)
+        dweight = (y.flatten(0, 1).mT @ rows).mT  # cuBLAS splits the long sum of this one only
+        dbias = None if out_bias is None else rows.sum(0)
+    return pack_gradients([*gradients, dweight, dbias], inputs)
 
 
 @_bidirectional_mixer_bwd.register_fake
-def _(dy, xz, forward_branch, backward_branch, saved, merge_scale, backend):
-    return [xz.new_empty(xz.shape), *(x.new_empty((2, *x.shape)) for x in forward_branch)]
+def _(
+    dout,
+    xz,
+    forward_branch,
+    backward_branch,
+    out_weight,
+    out_bias,
+    saved,
+    merge_scale,
+    backend,
+):
+    dxz, *others = fake_gradients((xz, out_weight, out_bias))
+    return [dxz, *(x.new_empty((2, *x.shape)) for x in forward_branch), *others]
 
 
 def _setup_context(ctx, inputs, output):
-    xz, forward_branch, backward_branch, ctx.merge_scale, _, ctx.backend = inputs
-    ctx.save_for_backward(xz, *forward_branch, *backward_branch, *output[1])
+    xz, *branches, out_weight, out_bias, ctx.merge_scale, _, ctx.backend = inputs
+    ctx.save_for_backward(xz, *branches[0], *branches[1], out_weight, out_bias, *output[1])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dy, dsaved):
+def _autograd(ctx, dout, dsaved):
     count = len(BRANCH)
-    if dy is None:
-        return None, [None] * count, [None] * count, None, None, None
+    if dout is None:
+        return None, [None] * count, [None] * count, None, None, None, None, None
     xz, *rest = ctx.saved_tensors
-    branches = rest[:count], rest[count : 2 * count]
-    dxz, *pairs = torch.ops.vim.bidirectional_mixer_bwd(
-        dy, xz, *branches, rest[2 * count :], ctx.merge_scale, ctx.backend
+    branches, rest = (rest[:count], rest[count : 2 * count]), rest[2 * count :]
+    out_weight, out_bias, *saved = rest
+    dxz, *pairs, dweight, dbias = torch.ops.vim.bidirectional_mixer_bwd(
+        dout, xz, *branches, out_weight, out_bias, saved, ctx.merge_scale, ctx.backend
     )
     forward_gradients = [pair[0] for pair in pairs]
     backward_gradients = [pair[1].to(x.dtype) for pair, x in zip(pairs, branches[1], strict=True)]
-    return dxz, forward_gradients, backward_gradients, None, None, None
+    out_gradients = unpack_gradients((dweight, dbias), (out_weight, out_bias))
+    return dxz, forward_gradients, backward_gradients, *out_gradients, None, None, None
 
 
 _bidirectional_mixer.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,6 +14,9 @@ from ._compile import DTYPES, contiguous, get_kernel, launch, unavailable
 
 __all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"]
 
+LENDS_Y = True
+"""See `vim.ops.bidirectional_mixer._lends_y`."""
+
 _VALUES_A_BLOCK = 512
 
 
@@ -53,9 +56,12 @@ class _Weights:
         )
 
     def scan_inputs(self, u: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
-        """Return u, dt, A, B, C, D of both scans; B and C are views of x_proj's result."""
+        """Return u, dt (2, B, L, P) before dt_proj, A, B, C, D of both scans.
+
+        dt, B and C are views of x_proj's result.
+        """
         dt, B, C = projected.split([self.padded_rank, self.states, self.states], dim=-1)
-        return u, _product(dt, self.dt_proj), self.A, B, C, self.D
+        return u, dt, self.A, B, C, self.D
 
 
 def _padded(rank: int) -> int:
@@ -101,27 +107,39 @@ def saved_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...],
     return [((2, *xz.shape[:2], width), xz.dtype)]
 
 
-def forward(xz, forward_branch, backward_branch, merge_scale, save):
-    """Return (y, saved); the signature of `MixerComposition.forward`."""
+def forward(xz, forward_branch, backward_branch, merge_scale, save, transient=False):
+    """Return (y, saved); the signature of `MixerComposition.forward`.
+
+    Args:
+        transient: whether y is soon let go, so that it may be part of more memory.
+    """
     x, z = xz.chunk(2, dim=-1)
     weights, u = _inputs(x, forward_branch, backward_branch)
     projected = _product(u, weights.x_proj)
     y = selective_scan.forward_bidirectional(
-        *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale
+        *(*weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale),
+        dt_proj=weights.dt_proj,
+        overwrite_u=transient,
     )
     return y, [projected] if save else []
 
 
-def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale):
-    """Return the gradients in one list; the signature of `MixerComposition.backward`."""
+def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, y=None):
+    """Return the gradients in one list; the signature of `MixerComposition.backward`.
+
+    Args:
+        y: (B, L, D) in the dtype of `xz`, where to write what `forward` returned.
+    """
     (projected,) = saved
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
     weights, u = _inputs(x, forward_branch, backward_branch)
     rank, padded = weights.rank, weights.padded_rank
+    _, dt, *inputs = weights.scan_inputs(u, projected)
+    dt = _product(dt, weights.dt_proj)
     du, ddt, dA, dB, dC, dD, _, ddt_bias = selective_scan.backward_bidirectional(
-        dy.to(xz.dtype), *weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale, dz=dz
+        dy.to(xz.dtype), u, dt, *inputs, z, weights.dt_bias, merge_scale, dz=dz, y=y
     )
     ddt_rank = _product(ddt, weights.dt_proj.mT)
     dprojected = torch.cat([ddt_rank, dB.to(ddt.dtype), dC.to(ddt.dtype)], dim=-1).flatten(1, 2)

@@ -81,9 +81,15 @@ def _variant(states: int, lanes: int, dtype: torch.dtype, tile: int | None = Non
 
 
 def _forward_kernel(
-    variant: Variant, directions: int, mode: int, softplus: bool, vector: bool, dtype
+    variant: Variant,
+    directions: int,
+    mode: int,
+    softplus: bool,
+    vector: bool,
+    dtype,
+    steps: int = 0,
 ) -> str:
-    numbers = ", ".join(map(str, (*variant[:6], directions, mode)))
+    numbers = ", ".join(map(str, (*variant[:6], directions, mode, steps)))
     flags = ", ".join("true" if flag else "false" for flag in (softplus, vector))
     # Addresses and bounds of single elements take registers.
     min_blocks = variant.min_blocks if vector else max(1, variant.min_blocks - 1)
@@ -100,9 +106,13 @@ class _Scan:
         A: (dirs, D, N). D, dt_bias: (dirs, D).
         B, C: (dirs, B, L, N) or (dirs, B, L, G, N).
         z, dy: (B, L, D), shared by the directions.
+        dt_proj: (dirs, D, P), by which the forward multiplies dt (dirs, B, L, P) itself; see
+            `_multiplies`.
     """
 
-    def __init__(self, u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, dy=None):
+    def __init__(
+        self, u, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, scale, dy=None, dt_proj=None
+    ):
         dtypes = {x.dtype for x in (u, dt, B, C, z, dy) if x is not None}
         # Inputs of several dtypes meet in float32, which loses nothing.
         self.dtype = u.dtype if len(dtypes) == 1 else torch.float32
@@ -127,7 +137,9 @@ class _Scan:
         self.softplus, self.reverse, self.scale = dt_softplus, reverse, scale
         self.device = u.device
         group_channels = self.channels // self.groups
-        rows = [x for x in (self.u, self.dt, self.z, self.dy) if x is not None]
+        self.dt_proj = dt_proj
+        rows = (self.u, self.dt if dt_proj is None else None, self.z, self.dy)
+        rows = [x for x in rows if x is not None]
         vector = 16 // self.dtype.itemsize
         self.vector_rows = group_channels % vector == 0 and _aligned(rows, vector)
         self.vector_bc = self.states % 4 == 0 and _aligned((self.B, self.C), 4)
@@ -139,11 +151,27 @@ class _Scan:
     def vector_states(self, start: Tensor | None) -> bool:
         return all(_is_vector(x, self.states) for x in (self.A, start))
 
-    def run(self, variant, mode, y, *, chunk, start=None, end=None, sums=None, tile_states=None):
+    def run(
+        self,
+        variant,
+        mode,
+        y,
+        *,
+        chunk,
+        start=None,
+        end=None,
+        sums=None,
+        tile_states=None,
+        share=None,
+        gated=None,
+    ):
         rows = self.vector_rows and (y is None or _aligned((y,), 16 // self.dtype.itemsize))
         vector = rows and self.vector_bc and self.vector_states(start)
         vector = vector and variant.states * variant.lanes == self.states
-        name = _forward_kernel(variant, self.directions, mode, self.softplus, vector, self.dtype)
+        steps = 0 if self.dt_proj is None else self.dt_proj.shape[2] // 8
+        name = _forward_kernel(
+            variant, self.directions, mode, self.softplus, vector, self.dtype, steps
+        )
         chunks = -(-self.length // chunk)
         group_blocks = -(-(self.channels // self.groups) // variant.block_channels)
         blocks = group_blocks * self.groups * chunks * self.batch
@@ -153,10 +181,21 @@ class _Scan:
             (blocks, 1, 1),
             (threads, 1, 1),
             0,
-            *self.arguments(chunk, chunks, start, y, end, sums, tile_states, rows),
+            *self.arguments(
+                chunk,
+                chunks,
+                rows,
+                start,
+                y,
+                y if share is None else share,
+                gated,
+                end,
+                sums,
+                tile_states,
+            ),
         )
 
-    def arguments(self, chunk, chunks, start, y, end, sums, tile_states, vector_rows):
+    def arguments(self, chunk, chunks, vector_rows, start, y, *results):
         """ScanParams of selective_scan.cuh."""
         u, dt, z, dy, B, C = self.u, self.dt, self.z, self.dy, self.B, self.C
         strides = (*u.stride()[:3], *dt.stride()[:3])
@@ -164,7 +203,8 @@ class _Scan:
         strides += (0, 0) if dy is None else dy.stride()[:2]
         strides += (0, 0) if y is None else y.stride()[:2]
         return (
-            *(u, dt, z, dy, B, C, self.A, self.D, self.dt_bias, start, y, end, sums, tile_states),
+            *(u, dt, z, dy, B, C, self.A, self.D, self.dt_bias, self.dt_proj),
+            *(start, y, *results),
             *(self.batch, self.length, self.channels, self.states, self.groups),
             *(chunk, chunks, self.reverse, vector_rows, self.vector_bc),
             self.vector_states(start),
@@ -186,19 +226,24 @@ def _aligned(tensors, elements: int) -> bool:
     )
 
 
-def _scan_forward(scan: _Scan, initial_state=None, want_final=False, variant=None, chunk=None):
+def _scan_forward(
+    scan: _Scan, initial_state=None, want_final=False, variant=None, chunk=None, overwrite_u=False
+):
     """Return (y, final states (dirs, B, D, N) or None)."""
     if variant is None:
         variant, chunk = _plan(scan)
     chunk = chunk or scan.length
-    shape = (scan.batch, scan.length, scan.channels)
-    y = torch.empty(shape, dtype=scan.dtype, device=scan.device)
+    if overwrite_u:
+        y, share = scan.u
+    else:
+        shape = (scan.batch, scan.length, scan.channels)
+        y, share = torch.empty(shape, dtype=scan.dtype, device=scan.device), None
     if chunk < scan.length:
         start, final = _chunk_starts(scan, variant, chunk, initial_state, want_final)
-        scan.run(variant, OUTPUT, y, chunk=chunk, start=start)
+        scan.run(variant, OUTPUT, y, chunk=chunk, start=start, share=share)
         return y, final
     end = scan.chunk_states(1) if want_final else None
-    scan.run(variant, OUTPUT, y, chunk=chunk, start=initial_state, end=end)
+    scan.run(variant, OUTPUT, y, chunk=chunk, start=initial_state, end=end, share=share)
     return y, None if end is None else end[:, :, 0]
 
 
@@ -301,12 +346,13 @@ def _scan_backward(
     want_start=None,
     dz=None,
     chunk=None,
+    y=None,
 ):
     """Return du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, with a row a direction.
 
     Two passes: the forward recurrence again, which leaves the state before each tile and the
     gradient of z; then the adjoint one. Either is cut into chunks where sequences are few and long.
-    `dz` is where to write that gradient, if not to new memory.
+    `dz` is where to write that gradient, if not to new memory; `y` where to write the output again.
     """
     states = _rounded_states(scan.states)
     variant = variant or _backward_variant(states, scan.dtype)
@@ -327,7 +373,7 @@ def _scan_backward(
         forward_variant = _variant(states, max(1, states // 16), scan.dtype, variant.tile)
         start, _ = _chunk_starts(scan, forward_variant, chunk, initial_state, False)
     forward_variant = forward_variant or _plan(scan, variant.tile)[0]
-    scan.run(forward_variant, mode, dz, chunk=chunk, start=start, tile_states=tile_states)
+    scan.run(forward_variant, mode, dz, chunk=chunk, start=start, tile_states=tile_states, gated=y)
 
     vector = scan.vector_rows and scan.vector_bc
     blocks = -(-(channels // scan.groups) // variant.block_channels)
@@ -339,7 +385,7 @@ def _scan_backward(
             (blocks * scan.groups * chunks * batch * dirs, 1, 1),
             (variant.block_channels // variant.channels * variant.lanes, 1, 1),
             0,
-            *scan.arguments(chunk, chunks, None, None, None, sums, tile_states, vector),
+            *scan.arguments(chunk, chunks, vector, None, None, None, None, None, sums, tile_states),
             *gradients,
         )
 
@@ -427,6 +473,8 @@ def forward_bidirectional(
     dt_bias: Tensor | None,
     scale: float = 0.5,
     dt_softplus: bool = True,
+    dt_proj: Tensor | None = None,
+    overwrite_u: bool = False,
 ) -> Tensor:
     """Return scale * (forward scan + reverse scan) * silu(z): (B, L, D), in one launch.
 
@@ -435,9 +483,31 @@ def forward_bidirectional(
         A: (2, D, N). D, dt_bias: (2, D).
         B, C: (2, B, L, N) or (2, B, L, G, N).
         z: (B, L, D), shared by both.
+        dt_proj: (2, D, P), contiguous and of the dtype of `u`: then dt is (2, B, L, P), and
+            dt @ dt_proj.mT takes its place.
+        overwrite_u: whether the result may be a view of `u`, which loses its values.
     """
-    scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale)
-    return _scan_forward(scan)[0].to(u.dtype)
+    if dt_proj is not None and not _multiplies(A.shape[2], dt_proj, u, dt, B, C, z):
+        dt = torch.bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
+        dt_proj = None
+    scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dt_proj=dt_proj)
+    return _scan_forward(scan, overwrite_u=overwrite_u)[0].to(u.dtype)
+
+
+def _multiplies(states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
+    """Whether the forward kernel multiplies dt by dt_proj: 16 bits, ranks of eights, no large one.
+
+    That saves memory; time is won at batch 1 and lost at large ranks.
+    """
+    rank, dtype = dt_proj.shape[2], dt_proj.dtype
+    return (
+        dtype.itemsize == 2
+        and all(x is None or x.dtype == dtype for x in rows)
+        and _aligned(rows[1:2], 2)
+        and rank % 8 == 0
+        and 0 < rank <= 32
+        and states <= 64
+    )
 
 
 def backward_bidirectional(
@@ -453,6 +523,7 @@ def backward_bidirectional(
     scale: float = 0.5,
     dt_softplus: bool = True,
     dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of `forward_bidirectional`'s eight tensors, in their shapes.
 
@@ -463,9 +534,11 @@ def backward_bidirectional(
         dy: (B, L, D) gradient of the merged, gated output.
         u, dt, A, B, C, D, z, dt_bias, scale, dt_softplus: as in `forward_bidirectional`.
         dz: (B, L, D) in the dtype of `u`, where to write that gradient.
+        y: (B, L, D), contiguous and of one dtype with all inputs, where to write the forward's
+            result once more.
     """
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dy)
-    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(scan, dz=dz)
+    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(scan, dz=dz, y=y)
     return (
         *(du, ddt, dA, dB.view(B.shape), dC.view(C.shape)),
         *(None if D is None else dD, dz, None if dt_bias is None else dbias),
@@ -480,11 +553,11 @@ def instantiations() -> list[tuple[str, str]]:
     """Return (source, kernel name) of the specialised kernels, for CI to compile."""
     kernels = [("selective_scan", "selective_scan_carry_kernel")]
 
-    def add(states, lanes, dtype, directions, mode):
+    def add(states, lanes, dtype, directions, mode, steps=0):
         tile = None if mode == OUTPUT else _backward_variant(states, dtype).tile
         variant = _variant(states, lanes, dtype, tile)
         for vector in (True, False):
-            name = _forward_kernel(variant, directions, mode, True, vector, dtype)
+            name = _forward_kernel(variant, directions, mode, True, vector, dtype, steps)
             kernels.append(("selective_scan", name))
 
     for dtype in (torch.float32, torch.bfloat16):  # float16 compiles as bfloat16 does
@@ -501,4 +574,7 @@ def instantiations() -> list[tuple[str, str]]:
             add(16, lanes, dtype, 2, OUTPUT)
             add(16, lanes, dtype, 2, STATES_AND_DZ)
         add(16, 1, dtype, 2, STATES_ONLY)
+    for lanes in (1, 2, 4, 8, 16):
+        add(16, lanes, torch.bfloat16, 2, OUTPUT, steps=3)
+    add(16, 8, torch.bfloat16, 2, OUTPUT, steps=4)  # the most that shared memory has to hold
     return kernels
