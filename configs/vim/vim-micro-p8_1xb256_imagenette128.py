@@ -9,6 +9,7 @@ model = dict(
     type="VimClassifier",
     backbone=dict(name="vim_micro_patch8_128", num_classes=10, drop_path_rate=0.1),
     loss=dict(kind="soft-target"),
+    cuda_graph=True,
 )
 default_hooks = dict(
     ema=dict(decay=0.999, warmup=True),

@@ -666,7 +666,7 @@ default_cfgs = generate_default_cfgs(
                 Path(__file__).parent / "weights" / "vim_micro_patch8_128.imagenette.safetensors"
             ),
             input_size=(3, 128, 128),
-            crop_pct=0.95,
+            crop_pct=0.875,
             num_classes=10,
             first_conv="patch_embed.stem.0.conv",
             label_names=tuple(_IMAGENETTE),

@@ -14,6 +14,7 @@ model = dict(
         cutmix=1.0,
         mixup_prob=0.7,
         mixup_switch_prob=0.5,
+        mixup_until=0.85,
         label_smoothing=0.1,
     ),
 )
@@ -24,7 +25,7 @@ train_dataloader = dict(
     input_size=128,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    augmentation=dict(auto_augment="rand-m7-mstd0.5-inc1", scale=(0.25, 1.0)),
+    augmentation=dict(auto_augment="rand-m9-mstd0.5-inc1", scale=(0.3, 1.0)),
 )
 val_dataloader = dict(
     dataset=dict(name="", root="data/imagenette128_val.tar", split="validation", cache="decoded"),
@@ -33,6 +34,6 @@ val_dataloader = dict(
     input_size=128,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    crop_pct=0.95,
+    crop_pct=0.875,
 )
 test_dataloader = val_dataloader
