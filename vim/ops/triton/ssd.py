@@ -341,7 +341,11 @@ def ssd_bwd_kernel(
     dtype = x.dtype.element_ty
     B_q = _rows(B_row, B_step, q, length, n, B_n, mask_n).to(dtype)  # [CHUNK, BLOCK_N]
     C_q = _rows(C_row, C_step, q, length, n, C_n, mask_n).to(dtype)  # [CHUNK, BLOCK_N]
-    scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION)  # [CHUNK, CHUNK]
+    # Always so. A product that comes from a branch begins no chain of products, for which the
+    # compiler would have half of the warps repeat what the others do; so with the choice in dx_q.
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    if chunk < chunks:
+        scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION)
     dscores = tl.zeros([CHUNK, CHUNK], tl.float32)
     dB_q = tl.zeros([CHUNK, BLOCK_N], tl.float32)
     dC_q = tl.zeros([CHUNK, BLOCK_N], tl.float32)
@@ -385,8 +389,6 @@ def ssd_bwd_kernel(
         if HAS_D:
             weights += tl.where(i[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
         dx_q = tl.dot(tl.trans(weights.to(dtype)), dy_q, input_precision=PRECISION)
-        # Were the sum of both the accumulator of one, the compiler would see a chain of products,
-        # and have half of the warps repeat what the others do; the choice keeps them apart.
         dx_q = tl.where(inside[:, None], dx_q, 0.0) + Bdh * (dt_q * to_end)[:, None]
         pairs = tl.dot(dy_q, tl.trans(x_q), input_precision=PRECISION)
         if HAS_D:
