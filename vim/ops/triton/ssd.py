@@ -143,8 +143,8 @@ def ssd_fwd_kernel(
     h = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if HAS_START:
         first_state = start + item * start_b + head * start_h + first * tl.cast(start_z, tl.int64)
-        at = _state(first_state, n, p, start_n, start_p)
-        h = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        states_at = _state(first_state, n, p, start_n, start_p)
+        h = tl.load(states_at, mask=mask, other=0.0).to(tl.float32)
 
     i = tl.arange(0, CHUNK)
     for chunk in range(first, first + count):
