@@ -122,7 +122,8 @@ def plain_mamba2(mixer: nn.Module, tokens: Tensor) -> Tensor:
     y = one_direction(0, mixer.forward_conv1d, x, BC_f, dt_f)
     flipped = (tensor.flip(1) for tensor in (x, BC_b, dt_b))
     y = 0.5 * (y + one_direction(1, mixer.backward_conv1d, *flipped).flip(1))
-    return mixer.out_proj(mixer.norm(y, z))
+    y = F.rms_norm(y * F.silu(z), mixer.norm.weight.shape, mixer.norm.weight, 1e-5)
+    return mixer.out_proj(y)
 
 
 def plain_s4d(mixer: nn.Module, x: Tensor) -> Tensor:
