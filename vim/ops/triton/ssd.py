@@ -436,7 +436,7 @@ def forward(x, dt, A, B, C, D, initial_state, reverse):
     blocks = _blocks(x, states)
     chunks = triton.cdiv(length, blocks["CHUNK"])
     programs = batch * heads * triton.cdiv(features, blocks["BLOCK_P"])
-    walk = not _idle(x, programs, chunks)
+    walk = not _at_once(x, programs, chunks)
     with launching_on(x):
         if walk:
             start = initial_state
@@ -514,7 +514,7 @@ def _states(x, dt, A, W, start, end, blocks, reverse, adjoint):
     chunks = triton.cdiv(length, blocks["CHUNK"])
     saved = torch.empty(batch, heads, chunks, states, features, dtype=x.dtype, device=x.device)
     programs = batch * heads * triton.cdiv(features, blocks["BLOCK_P"])
-    while blocks["BLOCK_P"] > 16 and _idle(x, programs, chunks):
+    while blocks["BLOCK_P"] > 16 and _idle(x, programs):
         blocks = blocks | {"BLOCK_P": blocks["BLOCK_P"] // 2}
         programs = batch * heads * triton.cdiv(features, blocks["BLOCK_P"])
     ssd_states_kernel[(programs,)](
@@ -553,9 +553,14 @@ def _blocks(x, states: int) -> dict:
     }
 
 
-def _idle(x, programs: int, chunks: int) -> bool:
-    """Whether so many programs, of so many chunks, would leave much of the GPU idle."""
-    return chunks > 4 and programs < 2 * _multiprocessors(x)
+def _at_once(x, programs: int, chunks: int) -> bool:
+    """Whether the forward computes the chunks of a head at once, from states found before."""
+    return chunks > 4 and _idle(x, programs)
+
+
+def _idle(x, programs: int) -> bool:
+    """Whether so many programs leave much of the GPU idle."""
+    return programs < 2 * _multiprocessors(x)
 
 
 def _groups(x, programs: int, parts: int) -> int:
