@@ -62,17 +62,16 @@ def resolve_fused(
 ) -> ModuleType | None:
     """Return the kernels that fuse `op`, or None where its composition of PyTorch's ops serves.
 
-    For ops with kernels for GPUs alone, of which the composition is a fair implementation rather
-    than a slow reference: there `auto` takes the composition on other devices without a warning,
-    and so it does where VIM_BACKEND names a backend that has no kernels of such ops.
+    For ops of which the composition is a fair implementation rather than a slow reference, and
+    whose kernels no GPU has timed yet: `auto` takes the composition, without a warning, unless
+    VIM_BACKEND names a backend that has kernels of such ops.
 
     Args:
         op, requested, device, dtype: as in `resolve_backend`.
     """
     if requested == "auto":
         requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        on_gpu = device.type == "cuda" and torch.cuda.is_available()
-        if requested in ("cuda", "cpu") or (requested == "auto" and not on_gpu):
+        if requested in ("auto", "cuda", "cpu"):
             return None
     return None if requested == "reference" else _resolve(op, requested, device, dtype)
 

@@ -70,9 +70,8 @@ def ssd(
         chunk_size: Q at most in the composition, which shortens chunks where that leaves less
             padding; the kernels have sizes of their own.
         reverse: whether to scan from the last token to the first. Tokens keep their places.
-        backend: "auto", "triton", or "reference" for the composition. "auto" goes by the
-            environment variable VIM_BACKEND, but takes the composition for backends that have no
-            kernels of this op.
+        backend: "triton", or "auto" or "reference" for the composition, where VIM_BACKEND=triton
+            makes "auto" mean "triton".
 
     Returns:
         y: (B, L, H, P) in the dtype of `x`, and, with `return_final_state`, the final state
