@@ -10,7 +10,7 @@
 // A block has a team of threads for each direction, for the same CH channels and the same tokens.
 // The reverse team walks the tiles from the last to the first. Whichever team is first at a tile
 // writes its share of y; the one that comes second adds its own, gates, and writes the result, so
-// that both directions need one launch and no pass to merge them. Accumulation is in float32. y may
+// that both directions need one launch and no pass to merge them. Accumulation is in float32. y can
 // lie where forward's u is, if reverse's shares go where reverse's u is: a team has read a tile of its
 // own u before it writes there.
 //
@@ -23,6 +23,7 @@ enum Mode {
     OUTPUT = 0,         // y
     STATES_ONLY = 1,    // no y: states before the tiles, or states after the chunks
     STATES_AND_DZ = 2,  // for the backward: states before the tiles, the gradient of z, y again
+    OUTPUT_OVER_U = 3,  // y, where forward's u is
 };
 
 // Which team comes to a tile.
@@ -284,11 +285,10 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const scalar_t *z = start_of(p.z, batch * p.z_batch, p.z_token);
     const scalar_t *dy = start_of(p.dy, batch * p.dy_batch, p.dy_token);
     scalar_t *y = const_cast<scalar_t *>(start_of(p.y, batch * p.y_batch, p.y_token));
-    // Where this team leaves its share of y, and finds the other's.
-    const long long to_share = static_cast<const scalar_t *>(p.share) -
-                               static_cast<const scalar_t *>(p.y);
-    const long long own_share = DIRS == 2 && team == 1 ? to_share : 0;
-    const long long other_share = DIRS == 2 && team == 0 ? to_share : 0;
+    // From y to where this team leaves its share, and to where the other does.
+    constexpr bool OVER_U = DIRS == 2 && MODE == OUTPUT_OVER_U;
+    const long long own_share = OVER_U && team == 1 ? p.u_dir : 0;
+    const long long other_share = OVER_U && team == 0 ? p.u_dir : 0;
     scalar_t *gated =
         const_cast<scalar_t *>(start_of(p.gated, batch * p.length * p.channels, p.channels));
     const int gated_stride = sign * static_cast<int>(p.channels);
@@ -423,7 +423,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
         if (step + 1 < tiles) prefetch(step + 1);
         commit_copies();
 
-        if (MODE != OUTPUT && p.tile_states != nullptr) {
+        if (MODE != OUTPUT && MODE != OUTPUT_OVER_U && p.tile_states != nullptr) {
             const long long all_tiles = (p.length + T - 1) / T;
             const long long row =
                 (team * p.batch + batch) * all_tiles + first_token / T + walk.tile(step);

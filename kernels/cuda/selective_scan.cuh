@@ -16,7 +16,6 @@ struct ScanParams {
     const void *dt_proj;     // (dirs, D, P): then dt is (dirs, B, L, P), to be multiplied; or null
     const float *start;      // (dirs, B, chunks, D, N) state before each chunk, or null for zero
     void *y;                 // (B, L, D); the gradient of z in STATES_AND_DZ
-    void *share;             // strided as y: where reverse leaves its share of y, if it is first
     void *gated;             // (B, L, D), contiguous: y again in STATES_AND_DZ; or null
     float *end;              // (dirs, B, chunks, D, N) state after each chunk, or null
     float *delta_sum;        // (dirs, B, chunks, D) sum of a chunk's step sizes, or null

@@ -222,7 +222,7 @@ def test_dt_as_a_product(way, rank, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [7, 8, 16, 24, 149])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"N{way[0]}-S{way[1]}")
+@pytest.mark.parametrize("way", WAYS[:8], ids=lambda way: f"N{way[0]}-S{way[1]}")
 def test_result_in_the_place_of_u(way, length, dtype):
     inputs, _ = both_directions(Shape(2, length, 72, N=way[0]), dtype)
     inputs |= {"dt_softplus": True, "reverse": False, "scale": 0.5}

@@ -21,7 +21,7 @@ __all__ = [
     "unavailable",
 ]
 
-OUTPUT, STATES_ONLY, STATES_AND_DZ = range(3)
+OUTPUT, STATES_ONLY, STATES_AND_DZ, OUTPUT_OVER_U = range(4)
 """What the forward kernel writes: `Mode` in selective_scan.cu."""
 
 
@@ -162,7 +162,6 @@ class _Scan:
         end=None,
         sums=None,
         tile_states=None,
-        share=None,
         gated=None,
     ):
         rows = self.vector_rows and (y is None or _aligned((y,), 16 // self.dtype.itemsize))
@@ -181,18 +180,7 @@ class _Scan:
             (blocks, 1, 1),
             (threads, 1, 1),
             0,
-            *self.arguments(
-                chunk,
-                chunks,
-                rows,
-                start,
-                y,
-                y if share is None else share,
-                gated,
-                end,
-                sums,
-                tile_states,
-            ),
+            *self.arguments(chunk, chunks, rows, start, y, gated, end, sums, tile_states),
         )
 
     def arguments(self, chunk, chunks, vector_rows, start, y, *results):
@@ -233,17 +221,17 @@ def _scan_forward(
     if variant is None:
         variant, chunk = _plan(scan)
     chunk = chunk or scan.length
-    if overwrite_u:
-        y, share = scan.u
-    else:
+    mode = OUTPUT_OVER_U if overwrite_u else OUTPUT
+    y = scan.u[0]
+    if not overwrite_u:
         shape = (scan.batch, scan.length, scan.channels)
-        y, share = torch.empty(shape, dtype=scan.dtype, device=scan.device), None
+        y = torch.empty(shape, dtype=scan.dtype, device=scan.device)
     if chunk < scan.length:
         start, final = _chunk_starts(scan, variant, chunk, initial_state, want_final)
-        scan.run(variant, OUTPUT, y, chunk=chunk, start=start, share=share)
+        scan.run(variant, mode, y, chunk=chunk, start=start)
         return y, final
     end = scan.chunk_states(1) if want_final else None
-    scan.run(variant, OUTPUT, y, chunk=chunk, start=initial_state, end=end, share=share)
+    scan.run(variant, mode, y, chunk=chunk, start=initial_state, end=end)
     return y, None if end is None else end[:, :, 0]
 
 
@@ -385,7 +373,7 @@ def _scan_backward(
             (blocks * scan.groups * chunks * batch * dirs, 1, 1),
             (variant.block_channels // variant.channels * variant.lanes, 1, 1),
             0,
-            *scan.arguments(chunk, chunks, vector, None, None, None, None, None, sums, tile_states),
+            *scan.arguments(chunk, chunks, vector, None, None, None, None, sums, tile_states),
             *gradients,
         )
 
@@ -485,12 +473,14 @@ def forward_bidirectional(
         z: (B, L, D), shared by both.
         dt_proj: (2, D, P), contiguous and of the dtype of `u`: then dt is (2, B, L, P), and
             dt @ dt_proj.mT takes its place.
-        overwrite_u: whether the result may be a view of `u`, which loses its values.
+        overwrite_u: whether the result may be a view of `u`, which loses its values; it is for up
+            to 16 states, since more leave no registers for it.
     """
     if dt_proj is not None and not _multiplies(A.shape[2], dt_proj, u, dt, B, C, z):
         dt = torch.bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
         dt_proj = None
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dt_proj=dt_proj)
+    overwrite_u = overwrite_u and scan.states <= 16
     return _scan_forward(scan, overwrite_u=overwrite_u)[0].to(u.dtype)
 
 
@@ -575,6 +565,7 @@ def instantiations() -> list[tuple[str, str]]:
             add(16, lanes, dtype, 2, STATES_AND_DZ)
         add(16, 1, dtype, 2, STATES_ONLY)
     for lanes in (1, 2, 4, 8, 16):
-        add(16, lanes, torch.bfloat16, 2, OUTPUT, steps=3)
+        add(16, lanes, torch.bfloat16, 2, OUTPUT_OVER_U, steps=2)
+    add(16, 1, torch.float32, 2, OUTPUT_OVER_U)
     add(16, 8, torch.bfloat16, 2, OUTPUT, steps=4)  # the most that shared memory has to hold
     return kernels
