@@ -265,7 +265,7 @@ def _bidirectional_mixer_bwd(
             *saved, y = saved
             gradients = backend_.backward(dy, *arguments, saved, merge_scale)
         rows = dout.flatten(0, 1)
-        dweight = (y.flatten(0, 1).mT @ rows).mT  # cuBLAS splits the long sum of this one only
+        dweight = (y.flatten(0, 1).mT @ rows).mT  # the order of autograd's own
         dbias = None if out_bias is None else rows.sum(0)
     return pack_gradients([*gradients, dweight, dbias], inputs)
 
