@@ -18,9 +18,11 @@ CPU = torch.device("cpu")
 def fresh_dispatch(monkeypatch):
     """Let each test choose anew, and the next one not inherit its choices."""
     monkeypatch.delenv("VIM_BACKEND", raising=False)
-    _dispatch._resolve.cache_clear()
+    for function in (_dispatch._resolve, _dispatch._fused):
+        function.cache_clear()
     yield
-    _dispatch._resolve.cache_clear()
+    for function in (_dispatch._resolve, _dispatch._fused):
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -188,6 +190,50 @@ class TestByItself:
         for _ in range(3):
             call()
         assert asked == [torch.float32]
+
+
+class TestOfComposition:
+    """Ops that are kernels in Triton or, where it cannot serve, a composition."""
+
+    def resolve(self, requested="auto", device="cuda", dtype=torch.bfloat16):
+        return _dispatch.resolve_fused("ssd", requested, torch.device(device), dtype)
+
+    @pytest.fixture
+    def kernels(self, monkeypatch):
+        """Make ssd have kernels that serve no dtype but bfloat16, and no device but a GPU."""
+
+        def unavailable(device, dtype):
+            served = device.type == "cuda" and dtype == torch.bfloat16
+            return None if served else "it is asleep; wake it"
+
+        module = ModuleType("vim.ops.triton.ssd")
+        module.unavailable = unavailable
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return module
+
+    def test_auto_takes_kernels_that_can_serve(self, kernels):
+        assert self.resolve() is self.resolve("triton") is kernels
+        assert self.resolve("reference") is None
+
+    @pytest.mark.usefixtures("kernels")
+    def test_auto_warns_once_where_they_could_but_cannot(self):
+        message = r"^ssd on cuda \(torch.float16\) runs .* slowly: it is asleep; wake it. Set VIM_"
+        with pytest.warns(SlowBackendWarning, match=message):
+            assert self.resolve(dtype=torch.float16) is None
+        assert self.resolve(dtype=torch.float16) is None  # a second warning would be an error
+        with pytest.raises(RuntimeError, match="'triton' cannot serve ssd on cuda: it is asleep"):
+            self.resolve("triton", dtype=torch.float16)
+
+    @pytest.mark.usefixtures("kernels")
+    @pytest.mark.parametrize("other", [{"device": "cpu"}, {"dtype": torch.float64}])
+    def test_the_composition_is_fair_elsewhere(self, other):
+        assert self.resolve(**other) is None
+
+    @pytest.mark.parametrize("backend", ["cuda", "cpu", "reference"])
+    @pytest.mark.usefixtures("kernels")
+    def test_the_environment_names_a_backend_without_them(self, backend, monkeypatch):
+        monkeypatch.setenv("VIM_BACKEND", backend)
+        assert self.resolve() is None
 
 
 @pytest.mark.slow

@@ -359,7 +359,8 @@ class TestSsdAsAnOp:
             gradients = torch.autograd.grad(loss, inputs, create_graph=True)
             penalty = sum(g.square().sum() for g in gradients)
             results.append([*gradients, *torch.autograd.grad(penalty, inputs)])
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+        for ours, plain in zip(*results, strict=True):  # elements are differences of large ones
+            assert (ours - plain).norm() <= 1e-5 * plain.norm()
 
 
 # B, L, D, K, dtype, activation, reverse, optional tensors, layout

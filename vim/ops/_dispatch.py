@@ -62,18 +62,32 @@ def resolve_fused(
 ) -> ModuleType | None:
     """Return the kernels that fuse `op`, or None where its composition of PyTorch's ops serves.
 
-    For ops of which the composition is a fair implementation rather than a slow reference, and
-    whose kernels no GPU has timed yet: `auto` takes the composition, without a warning, unless
-    VIM_BACKEND names a backend that has kernels of such ops.
+    For ops with kernels in Triton alone, and of which the composition is fair on a CPU.
 
     Args:
-        op, requested, device, dtype: as in `resolve_backend`.
+        op, requested, device, dtype: as in `resolve_backend`; where VIM_BACKEND names a backend
+            without kernels of the op, "auto" is the composition.
     """
     if requested == "auto":
         requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        if requested in ("auto", "cuda", "cpu"):
+        if requested == "auto":
+            return _fused(op, device, dtype)
+        if requested in ("cuda", "cpu"):
             return None
     return None if requested == "reference" else _resolve(op, requested, device, dtype)
+
+
+@functools.cache
+def _fused(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    module, reason = probe(op, "triton", device, dtype)
+    if module is None and device.type == "cuda" and dtype != torch.float64:
+        warnings.warn(
+            f"{op} on {device} ({dtype}) runs as many of PyTorch's ops, slowly: {reason}. Set "
+            f"{ENVIRONMENT_VARIABLE}=reference to accept this silently.",
+            SlowBackendWarning,
+            stacklevel=2,
+        )
+    return module
 
 
 @functools.cache

@@ -70,8 +70,7 @@ def ssd(
         chunk_size: Q at most in the composition, which shortens chunks where that leaves less
             padding; the kernels have sizes of their own.
         reverse: whether to scan from the last token to the first. Tokens keep their places.
-        backend: "triton", or "auto" or "reference" for the composition, where VIM_BACKEND=triton
-            makes "auto" mean "triton".
+        backend: "triton", "reference" for the composition, or "auto", the first that can serve.
 
     Returns:
         y: (B, L, H, P) in the dtype of `x`, and, with `return_final_state`, the final state

@@ -55,11 +55,29 @@ def _part(part, features, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def _logarithms(dt_q, A_log2, EXACT: tl.constexpr):
+    """Binary logarithms of the decays of tokens, summed up to each [CHUNK], and all of them.
+
+    Decays between tokens are exp2 of differences of such sums. A sum of large logarithms in float32
+    would leave the difference of two neighbours few digits.
+    """
+    steps = dt_q * A_log2
+    if EXACT:
+        steps = steps.to(tl.float64)
+    return tl.cumsum(steps, axis=0), tl.sum(steps, axis=0)
+
+
+@triton.jit
+def _exp2(logarithm):
+    return tl.exp2(logarithm.to(tl.float32))
+
+
+@triton.jit
 def _decays(total, CHUNK: tl.constexpr):
     """exp of the sums of logarithms from token j to i, at [i, j]; zero where j is the later."""
     i = tl.arange(0, CHUNK)
     between = tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf"))
-    return tl.exp2(between)
+    return _exp2(between)
 
 
 START = {"HAS_START": lambda args: args["start"] is not None}
@@ -153,23 +171,22 @@ def ssd_fwd_kernel(
         B_q = _rows(B_row, B_step, q, length, n, B_n, mask_n).to(x_q.dtype)  # [CHUNK, BLOCK_N]
         C_q = _rows(C_row, C_step, q, length, n, C_n, mask_n).to(x_q.dtype)  # [CHUNK, BLOCK_N]
         dt_q = _step_sizes(dt_row, dt_step, q, length)  # [CHUNK]
-        total = tl.cumsum(dt_q * A_log2, axis=0)  # [CHUNK]
-        end_total = tl.sum(dt_q * A_log2, axis=0)
+        total, end_total = _logarithms(dt_q, A_log2, x.dtype.element_ty == tl.float32)
 
         scores = tl.dot(C_q, tl.trans(B_q), input_precision=PRECISION)  # [CHUNK, CHUNK]
         weights = scores * _decays(total, CHUNK) * dt_q[None, :]
         if HAS_D:
             weights += tl.where(i[:, None] == i[None, :], skip, 0.0)
         out = tl.dot(C_q, h.to(x_q.dtype), input_precision=PRECISION)  # [CHUNK, BLOCK_P]
-        out *= tl.exp2(total)[:, None]
+        out *= _exp2(total)[:, None]
         out = tl.dot(weights.to(x_q.dtype), x_q, out, input_precision=PRECISION)
         at = y_row + q[:, None] * y_step + p[None, :]
         tl.store(at, out, mask=(q < length)[:, None] & mask_p[None, :])
 
         if WALK:
-            to_end = dt_q * tl.exp2(end_total - total)
+            to_end = dt_q * _exp2(end_total - total)
             drive = (x_q.to(tl.float32) * to_end[:, None]).to(x_q.dtype)
-            h = tl.dot(tl.trans(B_q), drive, h * tl.exp2(end_total), input_precision=PRECISION)
+            h = tl.dot(tl.trans(B_q), drive, h * _exp2(end_total), input_precision=PRECISION)
 
     if WALK:
         last_state = end + (item * heads + head) * wide_features * states
@@ -246,12 +263,11 @@ def ssd_states_kernel(
         x_q = _rows(x_row, x_step, q, length, p, x_p, mask_p)  # [CHUNK, BLOCK_P]
         W_q = _rows(W_row, W_step, q, length, n, W_n, mask_n).to(x_q.dtype)  # [CHUNK, BLOCK_N]
         dt_q = _step_sizes(dt_row, dt_step, q, length)  # [CHUNK]
-        total = tl.cumsum(dt_q * A_log2, axis=0)  # [CHUNK]
-        end_total = tl.sum(dt_q * A_log2, axis=0)
+        total, end_total = _logarithms(dt_q, A_log2, x.dtype.element_ty == tl.float32)
         tl.store(_state(saved + chunk * size, n, p, features, 1), h, mask=mask)
-        weights = tl.exp2(total) if ADJOINT else dt_q * tl.exp2(end_total - total)
+        weights = _exp2(total) if ADJOINT else dt_q * _exp2(end_total - total)
         drive = (x_q.to(tl.float32) * weights[:, None]).to(x_q.dtype)
-        h = tl.dot(tl.trans(W_q), drive, h * tl.exp2(end_total), input_precision=PRECISION)
+        h = tl.dot(tl.trans(W_q), drive, h * _exp2(end_total), input_precision=PRECISION)
 
     if HAS_END:
         last_state = end + (item * heads + head) * size
@@ -367,10 +383,9 @@ def ssd_bwd_kernel(
 
         A_head = tl.load(A + item * A_b + head * A_h).to(tl.float32)
         dt_q = _step_sizes(dt_row, dt_step, q, length)  # [CHUNK]
-        total = tl.cumsum(dt_q * (A_head * LOG2_E), axis=0)  # [CHUNK]
-        end_total = tl.sum(dt_q * (A_head * LOG2_E), axis=0)
-        from_start = tl.exp2(total)
-        to_end = tl.exp2(end_total - total)
+        total, end_total = _logarithms(dt_q, A_head * LOG2_E, dtype == tl.float32)
+        from_start = _exp2(total)
+        to_end = _exp2(end_total - total)
 
         # What the chunk adds to the state.
         Bdh = tl.dot(B_q, dh, input_precision=PRECISION)  # [CHUNK, BLOCK_P]
@@ -392,7 +407,8 @@ def ssd_bwd_kernel(
         dx_q = tl.where(inside[:, None], dx_q, 0.0) + Bdh * (dt_q * to_end)[:, None]
         pairs = tl.dot(dy_q, tl.trans(x_q), input_precision=PRECISION)
         if HAS_D:
-            dD_part = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), axis=1), axis=0)
+            skipped = dy_q.to(tl.float32) * x_q.to(tl.float32)
+            dD_part = tl.sum(tl.sum(skipped, axis=1), axis=0)
         pairs *= decays
         dscores += pairs * dt_q[None, :]
         pairs *= scores
@@ -401,7 +417,7 @@ def ssd_bwd_kernel(
         from_i_on += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
 
         terms = tl.where(i[:, None] >= i[None, :], from_i_on[:, None], (added * dt_q)[:, None])
-        da = tl.sum(terms, axis=0) + passed * tl.exp2(end_total)  # [CHUNK]
+        da = tl.sum(terms, axis=0) + passed * _exp2(end_total)  # [CHUNK]
         ddt_row, ddt_step = first_token(
             ddt + part, item, length * wide_parts, parts, length, REVERSE
         )
