@@ -13,7 +13,9 @@ the CPU (that alone with --check). A step is forward and backward, in one CUDA g
 - attention: softmax(q k^T) v by two products.
 - lstm, gru, rnn: a network of one direction for each direction, one on flipped tokens.
 - gated_conv is such a composition itself; here its convolution is a sum of shifted products.
-- moe: every expert on every token, masked by the gates.
+- moe, in training mode: one-hot masks, their cumulative sum for the places, and einsums with the
+  tensors (B, L, E, C) that dispatch and combine (arXiv:2101.03961, appendix F; arXiv:2006.16668).
+  An expert's capacity C is by image, and both drop the same tokens beyond it.
 
 The last rows compare blocks (norm and mixer) of Mamba-2 and Vim, both with 64 states.
 """
@@ -180,12 +182,17 @@ def plain_gated_conv(mixer: nn.Module, x: Tensor) -> Tensor:
 
 
 def plain_moe(moe: nn.Module, x: Tensor) -> Tensor:
-    probabilities = F.linear(x.float(), moe.router.weight.float()).softmax(-1)
-    gates, experts = probabilities.topk(moe.top_k, dim=-1)
-    gates = torch.zeros_like(probabilities).scatter(-1, experts, gates)  # (B, L, E)
-    tokens = x.flatten(0, 1).expand(moe.num_experts, -1, -1)
-    y = moe.fc2(moe.act(moe.fc1(tokens))).unflatten(1, x.shape[:2])
-    return torch.einsum("ble,ebld->bld", gates.to(y.dtype), y)
+    """Return what `MixtureOfExperts` of one expert a token returns, by products with masks."""
+    gate, expert = F.linear(x.float(), moe.router.weight.float()).softmax(-1).max(-1)  # (B, L)
+    mask = F.one_hot(expert, moe.num_experts)  # (B, L, E)
+    position = (mask.cumsum(1) * mask).sum(-1) - 1  # in the line of its expert
+    places = torch.arange(moe.places(x.shape[1]), device=x.device)
+    place = position.unsqueeze(-1) == places  # (B, L, C), none beyond the capacity
+    dispatch = mask.to(x.dtype).unsqueeze(-1) * place.unsqueeze(2)  # (B, L, E, C)
+    combine = gate.to(x.dtype)[..., None, None] * dispatch
+    inputs = torch.einsum("blec,bld->ebcd", dispatch, x)
+    y = moe.fc2(moe.act(moe.fc1(inputs.flatten(1, 2)))).unflatten(1, inputs.shape[1:3])
+    return torch.einsum("blec,ebcd->bld", combine, y)
 
 
 PLAIN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -205,8 +212,8 @@ LOOPS = ("bimamba", "mamba")
 
 def make(name: str, dim: int) -> nn.Module:
     """Return a mixer, or the experts, of so many features."""
-    if name == "moe":  # places for all, as its composition has
-        return FFNS["moe"](dim, capacity_factor=8.0)
+    if name == "moe":  # in training mode, whose capacity is the smaller
+        return FFNS["moe"](dim).train()
     mixer = MIXERS[name](dim)
     if name in ("lstm", "gru", "rnn"):
         mixer.pair = two_networks(mixer)

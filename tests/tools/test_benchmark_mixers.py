@@ -31,6 +31,13 @@ def test_gradients_agree(name):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
 
 
+def test_experts_and_composition_drop_the_same_tokens():
+    moe, x = tool.make("moe", 64), torch.randn(2, 101, 64)
+    dropped, plain = ((y == 0).all(-1) for y in (moe(x), tool.PLAIN["moe"](moe, x)))
+    assert dropped.equal(plain)
+    assert int(dropped.sum()) == int(moe.dropped) > 0
+
+
 def test_every_mixer_has_a_composition():
     of_plain_ops = {"causal_mamba2", "mamba3"}  # themselves
     assert set(MIXERS) - of_plain_ops <= set(tool.PLAIN)
