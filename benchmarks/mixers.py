@@ -111,7 +111,7 @@ def ssd_by_einsum(x: Tensor, a: Tensor, B: Tensor, C: Tensor, size: int = 64) ->
 
 
 def plain_mamba2(mixer: nn.Module, tokens: Tensor) -> Tensor:
-    z, x, BC_f, BC_b, dt_f, dt_b = mixer.in_proj(tokens).split(mixer.in_sizes, dim=-1)
+    z, x, BC_f, BC_b, dt_f, dt_b, _ = mixer.in_proj(tokens).split(mixer.in_sizes, dim=-1)
 
     def one_direction(i: int, layer: nn.Module, x: Tensor, BC: Tensor, dt: Tensor) -> Tensor:
         u, B, C = conv(layer, torch.cat([x, BC], dim=-1)).split(mixer.conv_sizes, dim=-1)

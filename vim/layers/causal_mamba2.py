@@ -9,6 +9,7 @@ import vim.ops  # noqa: F401, registers torch.ops.vim
 from .causal_conv1d import CausalConv1d
 from .float32_parameters import Float32Parameters
 from .mamba2 import GatedRMSNorm, draw_heads
+from .padded_linear import PaddedLinear
 
 __all__ = ["Mamba2"]
 
@@ -73,7 +74,8 @@ class Mamba2(Float32Parameters):
         self.dt_range = (dt_min, dt_max, dt_init_floor)
         self.conv_sizes = [d_inner, d_state, d_state]
         self.in_sizes = [d_inner, sum(self.conv_sizes), heads]
-        self.in_proj = nn.Linear(dim, sum(self.in_sizes), bias=bias, **dd)
+        self.in_proj = PaddedLinear(dim, sum(self.in_sizes), bias=bias, **dd)
+        self.in_sizes.append(self.in_proj.padding)
         self.conv1d = CausalConv1d(sum(self.conv_sizes), d_conv, reverse, **dd)
         self.dt_bias = nn.Parameter(torch.empty(heads, **fp32))
         self.A_log = nn.Parameter(torch.empty(heads, **fp32))
@@ -107,7 +109,7 @@ class Mamba2(Float32Parameters):
         ssm_state: Tensor | None = None
         if state is not None:
             conv_state, ssm_state = state
-        z, xBC, dt = self.in_proj(x).split(self.in_sizes, dim=-1)
+        z, xBC, dt, _ = self.in_proj(x).split(self.in_sizes, dim=-1)
         xBC, conv_state = torch.ops.vim.causal_conv1d(
             xBC, self.conv1d.weight, self.conv1d.bias, conv_state, "silu", self.reverse, "auto"
         )

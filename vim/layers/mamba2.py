@@ -10,6 +10,7 @@ import vim.ops  # noqa: F401, registers torch.ops.vim
 
 from .causal_conv1d import CausalConv1d
 from .float32_parameters import Float32Parameters
+from .padded_linear import PaddedLinear
 
 __all__ = ["BidirectionalMamba2", "GatedRMSNorm"]
 
@@ -108,7 +109,8 @@ class BidirectionalMamba2(Float32Parameters):
         self.dt_range = (dt_min, dt_max, dt_init_floor)
         self.in_sizes = [d_inner, d_inner, 2 * d_state, 2 * d_state, heads, heads]
         self.conv_sizes = [d_inner, d_state, d_state]
-        self.in_proj = nn.Linear(dim, sum(self.in_sizes), bias=bias, **dd)
+        self.in_proj = PaddedLinear(dim, sum(self.in_sizes), bias=bias, **dd)
+        self.in_sizes.append(self.in_proj.padding)
         self.forward_conv1d = CausalConv1d(sum(self.conv_sizes), d_conv, **dd)
         self.backward_conv1d = CausalConv1d(sum(self.conv_sizes), d_conv, reverse=True, **dd)
         self.dt_bias = nn.Parameter(torch.empty(2, heads, **fp32))
@@ -123,7 +125,7 @@ class BidirectionalMamba2(Float32Parameters):
         draw_heads(self.dt_bias, self.A_log, self.D, self.dt_range)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        z, x, BC_f, BC_b, dt_f, dt_b = self.in_proj(tokens).split(self.in_sizes, dim=-1)
+        z, x, BC_f, BC_b, dt_f, dt_b, _ = self.in_proj(tokens).split(self.in_sizes, dim=-1)
         weight, bias = self.forward_conv1d.weight, self.forward_conv1d.bias
         y_f = self._one_direction(0, weight, bias, x, BC_f, dt_f)
         weight, bias = self.backward_conv1d.weight, self.backward_conv1d.bias
