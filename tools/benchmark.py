@@ -63,8 +63,9 @@ def plot(results: Sequence[Result]) -> Figure:
     """Draw speed and memory against resolution: a column a batch size, a line a model.
 
     Models whose names begin alike are a family, and have a style of line; colours go by the order
-    in a family. Where no two are alike, each has a colour. Of two families, a star stands where a
-    model of the first overtakes for good the one that has its place in the other.
+    in a family. Where no two are alike, or families many, each model has a colour. Of two
+    families, a star stands where a model of the first overtakes for good the one that has its place
+    in the other.
     """
     sizes = sorted({result.case.img_size for result in results})
     batches = sorted({result.case.batch_size for result in results})
@@ -99,7 +100,8 @@ def plot(results: Sequence[Result]) -> Figure:
             else:
                 axes.set_xlabel("pixels a side")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(families), 4))
+    columns = min(len(families), int(figure.get_figwidth() // 2.5))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     case = results[0].case
     figure.suptitle(f"{case.task}, {case.dtype}, {case.execution}")
     return figure
@@ -107,10 +109,11 @@ def plot(results: Sequence[Result]) -> Figure:
 
 def _styles(families: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Return how the line of each model is drawn."""
-    if max(map(len, families.values())) == 1:
+    styles = ("-", "--", ":", "-.")
+    if max(map(len, families.values())) == 1 or len(families) > len(styles):
         models = [model for family in families.values() for model in family]
         return {model: f"o{'-' if i < 10 else '--'}C{i % 10}" for i, model in enumerate(models)}
-    pairs = zip(families.values(), itertools.cycle(("-", "--", ":", "-.")))
+    pairs = zip(families.values(), styles, strict=False)
     return {model: f"o{style}C{i}" for family, style in pairs for i, model in enumerate(family)}
 
 
