@@ -74,6 +74,15 @@ def _cases() -> dict[str, tuple]:
     conv = {"x": x, "weight": torch.randn(channels, width), "bias": torch.randn(channels)}
     norm = {"x": x, "residual": torch.randn_like(x), "weight": torch.randn(channels)}
     xz = torch.randn(batch, length, 2 * channels)
+    heads = {
+        "x": torch.randn(batch, length, 5, 8),
+        "dt": torch.rand(batch, length, 5),
+        "A": -torch.rand(5),
+        "B": torch.randn(batch, length, state),
+        "C": torch.randn(batch, length, state),
+        "D": torch.randn(5),
+    }
+    gated = {"y": x, "z": torch.randn_like(x), "weight": torch.randn(channels)}
     mixer = {f"tensor {i}": t for i, t in enumerate((xz, *branch(), *branch()))}
 
     def call_mixer(function):
@@ -99,6 +108,8 @@ def _cases() -> dict[str, tuple]:
             mixer,
             {},
         ),
+        "ssd": (ops.ssd, ops.ssd_reference, heads, {}),
+        "gated_rms_norm": (ops.gated_rms_norm, ops.gated_rms_norm_reference, gated, {}),
     }
 
 

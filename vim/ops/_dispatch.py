@@ -123,9 +123,12 @@ def probe(
     op: str, backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[ModuleType | None, str | None]:
     """Return the backend's module, or None and the reason why it cannot serve."""
+    name = f"vim.ops.{backend}.{op}"
     try:
-        module = importlib.import_module(f"vim.ops.{backend}.{op}")
+        module = importlib.import_module(name)
     except ImportError as error:
+        if error.name == name:
+            return None, f"it has no kernels of {op} ({error})"
         return None, f"{error}"
     reason = module.unavailable(device, dtype)
     return (module, None) if reason is None else (None, reason)
