@@ -12,7 +12,7 @@ the CPU (that alone with --check). A step is forward and backward, in one CUDA g
 - s4d: kernels by their D M L exponentials, and an FFT for each direction, one on flipped tokens.
 - attention: softmax(q k^T) v by two products.
 - lstm, gru, rnn: a network of one direction for each direction, one on flipped tokens.
-- gated_conv is such a composition itself; here its convolution is a sum of shifted products.
+- gated_conv: F.conv1d.
 - moe, in training mode: one-hot masks, their cumulative sum for the places, and einsums with the
   tensors (B, L, E, C) that dispatch and combine (arXiv:2101.03961, appendix F; arXiv:2006.16668).
   An expert's capacity C is by image, and both drop the same tokens beyond it.
@@ -174,10 +174,9 @@ def plain_recurrent(mixer: nn.Module, x: Tensor) -> Tensor:
 
 def plain_gated_conv(mixer: nn.Module, x: Tensor) -> Tensor:
     x, z = mixer.in_proj(x).chunk(2, dim=-1)
-    weight, length = mixer.conv1d.weight.squeeze(1), x.shape[1]
-    width = weight.shape[1]
-    padded = F.pad(x, (0, 0, width // 2, width // 2))
-    y = sum(padded[:, k : k + length] * weight[:, k] for k in range(width)) + mixer.conv1d.bias
+    weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    channels, width = weight.shape
+    y = F.conv1d(x.mT, weight.unsqueeze(1), bias, padding=width // 2, groups=channels).mT
     return mixer.out_proj(y * F.silu(z))
 
 

@@ -112,7 +112,7 @@ def test_gated_conv(length):
     for t in range(length):
         for k in range(5):
             if 0 <= t + k - 2 < length:
-                y[:, t] += layer.conv1d.weight[:, 0, k] * u[:, t + k - 2]
+                y[:, t] += layer.conv1d.weight[:, k] * u[:, t + k - 2]
     expected = (y * z * z.sigmoid()) @ layer.out_proj.weight.T
     torch.testing.assert_close(layer(x), expected)
 

@@ -294,7 +294,7 @@ def test_flops_by_hand(name):
     fft = 2.5 * 40 * math.log2(40) * 3 * inner
     own = {
         "attention": 4 * tokens * tokens * dim,
-        "gated_conv": 2 * 7 * inner * tokens,
+        "gated_conv": 2 * 7 * inner * (tokens + 3),  # zeros behind the last one
         "gru": 0,
         "hybrid": 4 * tokens * tokens * dim,
         "lstm": 0,

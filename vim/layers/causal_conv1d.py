@@ -11,12 +11,13 @@ __all__ = ["CausalConv1d"]
 
 
 class CausalConv1d(nn.Module):
-    """Convolve each channel with its past, then SiLU: (B, L, D) -> (B, L, D).
+    """Convolve each channel with its past, then activate: (B, L, D) -> (B, L, D).
 
     Args:
         dim: D channels.
         width: K taps.
         reverse: whether the past of a token is what comes after it.
+        activation: "silu", or None for none.
     """
 
     def __init__(
@@ -24,11 +25,13 @@ class CausalConv1d(nn.Module):
         dim: int,
         width: int = 4,
         reverse: bool = False,
+        activation: str | None = "silu",
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         self.reverse = reverse
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(dim, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -40,8 +43,9 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.vim.causal_conv1d(
-            x, self.weight, self.bias, None, "silu", self.reverse, "auto"
+            x, self.weight, self.bias, None, self.activation, self.reverse, "auto"
         )[0]
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, reverse={self.reverse}"
+        dim, width = self.weight.shape
+        return f"{dim}, width={width}, reverse={self.reverse}, activation={self.activation!r}"
