@@ -225,7 +225,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
     """Write config.json and model.safetensors for timm's `local-dir:`; each is moved in whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        save_for_hf(model, temporary, safe_serialization=True)
+        save_for_hf(model, temporary, safe_serialization=True, model_args=DIGITS_MODEL)
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
 

@@ -51,6 +51,8 @@ def test_in_the_interpreter():
         capture_output=True,
         text=True,
     )
+    if "InterpreterError: TypeError('only 0-dimensional arrays" in run.stdout:
+        pytest.skip("the interpreter of this Triton (3.6 is one) fails with NumPy 2.4")
     assert run.returncode == 0, run.stdout + run.stderr
 
 
