@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vim.ops import bidirectional_mixer
 from vim.ops.selective_scan import scriptable_selective_scan
 
+from ._bare import is_bare
 from .causal_conv1d import CausalConv1d
 
 __all__ = ["BidirectionalMamba", "MambaBranch"]
@@ -115,10 +116,8 @@ def _keep_float32(fn, tensor: Tensor) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is a Linear or nothing, without hooks, so that an op can do its work."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    hooks += (module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in (nn.Linear, nn.Identity) and not any(hooks)
+    """Whether a module is a Linear or nothing, and bare, so that an op can do its work."""
+    return type(module) in (nn.Linear, nn.Identity) and is_bare(module)
 
 
 class BidirectionalMamba(nn.Module):
@@ -169,7 +168,10 @@ class BidirectionalMamba(nn.Module):
         self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        xz = self.in_proj(x)
+        return self.mix(self.in_proj(x))
+
+    def mix(self, xz: Tensor) -> Tensor:
+        """Return the output, of the input projection: (B, L, 2 d_inner) -> (B, L, dim)."""
         forward, backward = self.forward_branch.tensors(), self.backward_branch.tensors()
         if not torch.jit.is_scripting():  # noqa: SIM102, since TorchScript would compile the rest
             if _is_plain(self.out_proj) and _is_plain(self.norm):

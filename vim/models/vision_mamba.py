@@ -379,6 +379,9 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normed tokens, prefix tokens first: (B, C, H, W) -> (B, P + M, D)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102, since TorchScript would compile the rest
+            if _in_plain_inference(x):
+                return self._infer_features(x)
         x = self._embed(x)
         residual: Tensor | None = None
         for block in self.blocks:
@@ -387,6 +390,18 @@ class VisionMamba(nn.Module):
             else:
                 x, residual, _ = block(x, residual)
         x, _ = self.norm(self.drop_path(x), residual)
+        return self.token_order.separate(x)
+
+    @torch.jit.ignore
+    def _infer_features(self, x: Tensor) -> Tensor:
+        """Return what `forward_features` does, in less memory; see `VimBlock.run`."""
+        flow = [self._embed(x), None]
+        for block in self.blocks:
+            if type(block) is VimBlock:
+                block.run(flow)
+            else:
+                flow[:] = block(*flow)[:2]
+        x, _ = self.norm(self.drop_path(flow[0]), flow[1])
         return self.token_order.separate(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -598,6 +613,12 @@ def _init_block(block: VimBlock, additions: int) -> None:
             nn.init.zeros_(linear.bias)
     if isinstance(block.ffn, FeedForward) and hasattr(block.ffn.layer, "fc2"):
         block.ffn.layer.fc2.weight /= math.sqrt(additions)
+
+
+def _in_plain_inference(x: Tensor) -> bool:
+    """Whether nobody wants gradients, and nobody but Python runs the model."""
+    traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or traced)
 
 
 def _check_patches(x: Tensor, expected: int) -> None:
