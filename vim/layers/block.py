@@ -77,7 +77,8 @@ class VimBlock(nn.Module):
 
         Whoever calls a module keeps its arguments alive until it returns. Here nobody keeps the
         incoming tokens and stream, which nothing needs after the norm, nor the normed tokens, which
-        Vim's mixer does not need after its input projection: 8 of 30 bytes a token and feature.
+        Vim's mixer does not need after its input projection: 8 bytes a token and feature
+        in bfloat16.
 
         Args:
             flow: [x, residual] as for `forward`, which nothing else refers to.

@@ -42,12 +42,12 @@ class GatedConv(nn.Module):
         dd = {"device": device, "dtype": dtype}
         d_inner = int(expand * dim)
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=bias, **dd)
-        self.shift = d_conv // 2
         self.conv1d = CausalConv1d(d_inner, d_conv, activation=None, **dd)
         self.out_proj = nn.Linear(d_inner, dim, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # A causal convolution is the centred one of tokens that came before.
-        y = self.conv1d(F.pad(x, (0, 0, 0, self.shift)))[:, self.shift :]
+        shift = self.conv1d.weight.shape[1] // 2
+        y = self.conv1d(F.pad(x, (0, 0, 0, shift)))[:, shift:]
         return self.out_proj(y * F.silu(z))

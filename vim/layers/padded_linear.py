@@ -9,8 +9,8 @@ __all__ = ["PaddedLinear"]
 class PaddedLinear(nn.Linear):
     """A linear layer, and zeros up to a multiple of eight: (..., in) -> (..., out + padding).
 
-    Rows of bfloat16 that do not begin at multiples of 16 bytes cost products of matrices a factor
-    of two to four on a GPU. The weights are those of `nn.Linear`.
+    On a GPU, rows of bfloat16 that do not begin at multiples of 16 bytes keep products of matrices
+    from the fast kernels. The weights are those of `nn.Linear`.
 
     Attributes:
         padding: how many zeros the output ends with.
