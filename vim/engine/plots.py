@@ -1,5 +1,6 @@
 """Pictures of a run: who was confused with whom, calibration, and the curves of training."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 __all__ = ["calibration_figure", "comparison_figure", "confusion_figure", "curves_figure"]
 
@@ -183,15 +184,27 @@ def comparison_figure(groups: Mapping[str, Sequence[Any]]) -> Figure:
             label = name if run is runs[0] else None
             left.plot(*zip(*run.curve, strict=True), style, color=colour, label=label, lw=1.2)
             right.plot(run.parameters, run.top1, "o", color=colour)
-        best = max(runs, key=lambda run: run.top1)
-        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": colour}
-        right.annotate(name, (best.parameters, best.top1), fontsize="small", **place)
     left.set(xlabel="seconds of training, validations included", ylabel="top-1, %", xlim=(0, None))
     right.set(xlabel="parameters", xscale="log")
     right.xaxis.set_major_formatter(EngFormatter())
+    right.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     right.xaxis.set_minor_formatter(EngFormatter())
-    right.margins(x=0.2)
+    right.margins(x=0.25)
+    _name_points(right, {name: max(runs, key=lambda r: r.top1) for name, runs in groups.items()})
     left.legend(fontsize="small", ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
+
+
+def _name_points(axes: Axes, runs: Mapping[str, Any]) -> None:
+    """Write the name of each run beside its point, no two names over one another."""
+    low, high = axes.get_ylim()
+    line = (high - low) / 36  # of small print
+    middle = math.sqrt(math.prod(axes.get_xlim()))
+    places = {1: math.inf, -1: math.inf}  # of the last name right and left of its point
+    for i, (name, run) in sorted(enumerate(runs.items()), key=lambda item: -item[1][1].top1):
+        side = 1 if run.parameters < middle else -1
+        y = places[side] = min(run.top1, places[side] - line)
+        align = {"ha": "left" if side > 0 else "right", "va": "center"}
+        axes.text(run.parameters * 1.06**side, y, name, color=f"C{i % 10}", size="small", **align)
