@@ -133,8 +133,10 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         probabilities = torch.ops.vim.router_probabilities(x, self.router.weight)  # (B, L, E)
-        gates, experts = probabilities.topk(self.top_k, dim=-1)  # (B, L, k)
-        if self.top_k > 1:
+        if self.top_k == 1:
+            gates, experts = probabilities.max(-1, keepdim=True)  # a simpler kernel
+        else:
+            gates, experts = probabilities.topk(self.top_k, dim=-1)  # (B, L, k)
             gates = gates / gates.sum(-1, keepdim=True)
 
         places = self.places(x.shape[1])
@@ -159,7 +161,9 @@ class MixtureOfExperts(nn.Module):
         # A dropped choice reads some row, and its gate is zero.
         chosen = outputs.index_select(0, row.clamp(max=rows - 1)).unflatten(0, experts.shape)
         gates = (gates * kept).to(outputs.dtype)
-        return (gates.unsqueeze(-1) * chosen).sum(2).to(x.dtype)
+        weighted = gates.unsqueeze(-1) * chosen
+        weighted = weighted.squeeze(2) if self.top_k == 1 else weighted.sum(2)
+        return weighted.to(x.dtype)
 
     def places(self, length: int) -> int:
         """Return S for images of `length` tokens."""
@@ -191,7 +195,7 @@ def _probabilities(x: Tensor, weight: Tensor) -> Tensor:
 def _places_in_line(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return how many of its image stand before each choice, and how many chose each expert.
 
-    Choices are sorted by expert, stably, and so stand in line by rank of choice, then by token.
+    In line stand first choices before second ones, then tokens in their order.
 
     Args:
         experts: (B, L, k) what was chosen.
@@ -200,15 +204,12 @@ def _places_in_line(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     Returns:
         (B, L, k) and (B, E), integers.
     """
-    batch, length, top_k = experts.shape
-    line = experts.mT.flatten(1)  # (B, k L): first choices first
-    ordered, order = line.sort(dim=1, stable=True)
-    ones = torch.ones_like(line)
-    counts = line.new_zeros(batch, num_experts).scatter_add(1, line, ones)
-    starts = counts.cumsum(1) - counts
-    position = torch.arange(top_k * length, device=line.device) - starts.gather(1, ordered)
-    place = torch.zeros_like(line).scatter(1, order, position)
-    return place.unflatten(1, [top_k, length]).mT, counts
+    _, length, top_k = experts.shape
+    line = experts.mT.flatten(1).unsqueeze(1)  # (B, 1, k L)
+    names = torch.arange(num_experts, device=line.device).unsqueeze(1)
+    so_far = (line == names).cumsum(2, dtype=torch.int32)  # (B, E, k L)
+    place = so_far.gather(1, line).squeeze(1) - 1
+    return place.unflatten(1, [top_k, length]).mT, so_far[:, :, -1]
 
 
 def load_balance_loss(model: nn.Module) -> Tensor:
