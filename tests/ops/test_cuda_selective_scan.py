@@ -256,6 +256,19 @@ def test_both_directions_backward_in_chunks(shape, dtype):
     test_both_directions(shape, ("D", "z", "dt_bias"), dtype)
 
 
+@pytest.mark.parametrize("chunk", [None, 64])
+@pytest.mark.parametrize("shape", [Shape(2, 149, 72, N=16), Shape(1, 70, 33, N=3)], ids=str)
+def test_gradient_in_the_place_of_dt(shape, chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr(cuda_scan, "_backward_chunk", lambda *_: chunk)
+    inputs, dy = both_directions(shape, torch.bfloat16)
+    order = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    expected = cuda_scan.backward_bidirectional(dy, *order)
+    actual = cuda_scan.backward_bidirectional(dy, *order, overwrite_dt=True)
+    assert actual[1] is order[1]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("shape", [Shape(2, 100, 72, N=16), Shape(2, 100, 71, N=16)], ids=str)
 def test_repeats_are_equal_bit_for_bit(shape):
     inputs, dy = both_directions(shape, torch.bfloat16)

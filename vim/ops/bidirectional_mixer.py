@@ -188,7 +188,7 @@ def _saved_specs(
 
 def _lends_y(backend) -> bool:
     """Whether a backend need not keep y: its `forward` has an argument `transient`, for a y that is
-    soon let go, and its `backward` an argument `y`, where it writes y again."""
+    soon let go, and its `backward` an argument `take_y`, which it calls with y made again."""
     return getattr(backend, "LENDS_Y", False)
 
 
@@ -258,14 +258,18 @@ def _bidirectional_mixer_bwd(
             gradients = backend_.backward(dout, *arguments, saved, merge_scale)
             return pack_gradients([*gradients, None, None], inputs)
         dy = torch.matmul(dout, out_weight.to(dout.dtype))
+        rows, dweights = dout.flatten(0, 1), []
+
+        def take_y(y):
+            dweights.append((y.flatten(0, 1).mT @ rows).mT)  # the order of autograd's own
+
         if _lends_y(backend_):
-            y = xz.new_empty(_shape_of_y(xz))
-            gradients = backend_.backward(dy, *arguments, saved, merge_scale, y=y)
+            gradients = backend_.backward(dy, *arguments, saved, merge_scale, take_y=take_y)
         else:
             *saved, y = saved
+            take_y(y)
             gradients = backend_.backward(dy, *arguments, saved, merge_scale)
-        rows = dout.flatten(0, 1)
-        dweight = (y.flatten(0, 1).mT @ rows).mT  # the order of autograd's own
+        (dweight,) = dweights
         dbias = None if out_bias is None else rows.sum(0)
     return pack_gradients([*gradients, dweight, dbias], inputs)
 

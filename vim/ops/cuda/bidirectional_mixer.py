@@ -124,11 +124,11 @@ def forward(xz, forward_branch, backward_branch, merge_scale, save, transient=Fa
     return y, [projected] if save else []
 
 
-def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, y=None):
+def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y=None):
     """Return the gradients in one list; the signature of `MixerComposition.backward`.
 
     Args:
-        y: (B, L, D) in the dtype of `xz`, where to write what `forward` returned.
+        take_y: is called with what `forward` returned, (B, L, D), which may then be let go.
     """
     (projected,) = saved
     x, z = xz.chunk(2, dim=-1)
@@ -139,7 +139,10 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, y=None
     _, dt, *inputs = weights.scan_inputs(u, projected)
     dt = _product(dt, weights.dt_proj)
     du, ddt, dA, dB, dC, dD, _, ddt_bias = selective_scan.backward_bidirectional(
-        dy.to(xz.dtype), u, dt, *inputs, z, weights.dt_bias, merge_scale, dz=dz, y=y
+        *(dy.to(xz.dtype), u, dt, *inputs, z, weights.dt_bias, merge_scale),
+        dz=dz,
+        take_y=take_y,
+        overwrite_dt=True,
     )
     ddt_rank = _product(ddt, weights.dt_proj.mT)
     dprojected = torch.cat([ddt_rank, dB.to(ddt.dtype), dC.to(ddt.dtype)], dim=-1).flatten(1, 2)

@@ -4,6 +4,7 @@ Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), G grou
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -334,13 +335,15 @@ def _scan_backward(
     want_start=None,
     dz=None,
     chunk=None,
-    y=None,
+    take_y=None,
+    overwrite_dt=False,
 ):
     """Return du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, with a row a direction.
 
     Two passes: the forward recurrence again, which leaves the state before each tile and the
     gradient of z; then the adjoint one. Either is cut into chunks where sequences are few and long.
-    `dz` is where to write that gradient, if not to new memory; `y` where to write the output again.
+    `dz` is where to write that gradient, if not to new memory; `take_y` gets the output once more.
+    With `overwrite_dt` ddt lies where dt was: a block has read a tile before it writes there.
     """
     states = _rounded_states(scan.states)
     variant = variant or _backward_variant(states, scan.dtype)
@@ -361,7 +364,11 @@ def _scan_backward(
         forward_variant = _variant(states, max(1, states // 16), scan.dtype, variant.tile)
         start, _ = _chunk_starts(scan, forward_variant, chunk, initial_state, False)
     forward_variant = forward_variant or _plan(scan, variant.tile)[0]
+    y = None if take_y is None else empty(batch, length, channels, dtype=scan.dtype)
     scan.run(forward_variant, mode, dz, chunk=chunk, start=start, tile_states=tile_states, gated=y)
+    if take_y is not None:
+        take_y(y)
+        del y  # before the memory of the second pass is asked for
 
     vector = scan.vector_rows and scan.vector_bc
     blocks = -(-(channels // scan.groups) // variant.block_channels)
@@ -385,7 +392,8 @@ def _scan_backward(
         adjoint(None, ends, None, None, None, None, carry=True, sums=sums)
         _carry(scan, dend, ends, sums, dend_, dstart, chunks, adjoint=True)
         dend, before = dend_, None
-    du, ddt = (empty(dirs, batch, length, channels, dtype=scan.dtype) for _ in range(2))
+    du = empty(dirs, batch, length, channels, dtype=scan.dtype)
+    ddt = scan.dt if overwrite_dt and scan.dt.is_contiguous() else torch.empty_like(du)
     dBC = empty(blocks, dirs, batch, length, scan.groups, 2, scan.states)
     dparameters = empty(dirs, batch * chunks, channels * (scan.states + 2))
     adjoint(dend, before, du, ddt, dBC, dparameters)
@@ -513,7 +521,8 @@ def backward_bidirectional(
     scale: float = 0.5,
     dt_softplus: bool = True,
     dz: Tensor | None = None,
-    y: Tensor | None = None,
+    take_y: Callable[[Tensor], None] | None = None,
+    overwrite_dt: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of `forward_bidirectional`'s eight tensors, in their shapes.
 
@@ -524,11 +533,14 @@ def backward_bidirectional(
         dy: (B, L, D) gradient of the merged, gated output.
         u, dt, A, B, C, D, z, dt_bias, scale, dt_softplus: as in `forward_bidirectional`.
         dz: (B, L, D) in the dtype of `u`, where to write that gradient.
-        y: (B, L, D), contiguous and of one dtype with all inputs, where to write the forward's
-            result once more.
+        take_y: is called with the forward's result, (B, L, D), which the first pass makes once
+            more; for inputs of one dtype.
+        overwrite_dt: whether ddt may be `dt`, which loses its values.
     """
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dy)
-    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(scan, dz=dz, y=y)
+    du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(
+        scan, dz=dz, take_y=take_y, overwrite_dt=overwrite_dt
+    )
     return (
         *(du, ddt, dA, dB.view(B.shape), dC.view(C.shape)),
         *(None if D is None else dD, dz, None if dt_bias is None else dbias),
