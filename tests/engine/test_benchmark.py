@@ -1,6 +1,8 @@
 """Cases, skipping, interleaving and the crossover of vim.engine.benchmark."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,3 +109,20 @@ def test_the_table_of_a_result():
         "| test_vit2 | 224 | 8 | bfloat16 | inference | eager | 1,234 | 2.0% | 6.50 | 9.00 | 0.50 "
         "| 2.50 | 5.7 |"
     )
+
+
+MEMORY_TWICE = """
+import torch
+from vim.engine.benchmark import Case, benchmark
+cases = [Case("vim_tiny_patch16_224", 64, 2, "bfloat16", "inference", "eager")]
+print(*(benchmark(cases, torch.device("cuda"), 1, 0.01)[0].memory_gib for _ in range(2)))
+"""
+
+
+@pytest.mark.gpu
+def test_the_first_case_is_not_charged_with_what_cublas_keeps():
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_TWICE], capture_output=True, text=True, check=True
+    )
+    first, second = run.stdout.split()
+    assert first == second

@@ -1,9 +1,12 @@
 import copy
+import socket
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import vim  # noqa: F401, registers the models
 from vim.engine.training_graph import TrainingGraph
@@ -19,10 +22,11 @@ def test_without_a_gpu_it_is_the_module():
     assert torch.equal(TrainingGraph(module)(x), module(x))
 
 
-def test_several_processes_have_none(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="cuda_graph=True is for one process"):
+def test_what_other_processes_take_part_in_has_none(monkeypatch):
+    with pytest.raises(ValueError, match=r"set model\.sync_bn=False, or leave out"):
+        TrainingGraph(nn.Sequential(nn.SyncBatchNorm(3)))
+    monkeypatch.setattr("vim.engine.training_graph.DTensor", nn.Parameter)
+    with pytest.raises(ValueError, match=r'leave out model\.cuda_graph=True or parallel="fsdp"'):
         TrainingGraph(nn.Linear(3, 2))
 
 
@@ -96,6 +100,50 @@ def test_every_mixer_has_a_graph(name):
             results.append((loss.detach(), *(p.grad.clone() for p in model.parameters())))
     for graphed, eager in (results[:2], results[2:]):
         torch.testing.assert_close(graphed, eager, rtol=2e-2, atol=2e-2)
+
+
+class Graphed(nn.Module):
+    """What DDP wraps: a model that calls its graph, as `VimClassifier` does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.run = TrainingGraph(model)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.run(images)
+
+
+def train_on_two(rank: int, port: int, folder: str) -> None:
+    """Train with and without a graph on a process's share of the images, by DDP on one GPU."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results = []
+    for wrap in (Graphed, nn.Sequential):
+        torch.manual_seed(0)
+        model = timm.create_model("vim_tiny_patch16_224", img_size=64, depth=2, num_classes=5)
+        model = model.cuda()
+        with torch.cuda.stream(torch.cuda.Stream()):  # as VimRunner does
+            run = DistributedDataParallel(wrap(model), device_ids=[0])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for images in torch.randn(3, 2, 4, 3, 64, 64, device="cuda"):
+            run(images[rank]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().cpu() for p in model.parameters()])
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_two_processes_have_a_graph_each(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_on_two, (port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for graphed, eager, elsewhere in zip(*ranks[0], ranks[1][0], strict=True):
+        torch.testing.assert_close(graphed, eager)
+        assert torch.equal(graphed, elsewhere)
 
 
 @pytest.mark.gpu

@@ -116,7 +116,7 @@ class VimClassifier(BaseModel):
         load_balance: factor of the load-balance loss of mixtures of experts, where the backbone has
             them.
         cuda_graph: whether a GPU replays the backbone's forward and backward in training, see
-            `TrainingGraph`; for one process, without `grad_checkpointing` and `torch.compile`.
+            `TrainingGraph`; without `grad_checkpointing`, `torch.compile` and FSDP.
         data_preprocessor: config of `VimPreprocessor`.
     """
 

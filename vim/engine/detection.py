@@ -90,8 +90,8 @@ class VimDetector(BaseModel):
         inference: further arguments of `Detector`, of evaluation: short_side, long_side, canvas,
             score_threshold, nms_threshold, max_detections.
         cuda_graph: whether a GPU replays forward and backward of the pyramid, backbone included, in
-            training, see `TrainingGraph`; the rest depends on how many boxes there are. For one
-            process, without `grad_checkpointing` and `torch.compile`.
+            training, see `TrainingGraph`; the rest depends on how many boxes there are. Without
+            `grad_checkpointing`, `torch.compile` and FSDP.
         data_preprocessor: config of `VimDetectionPreprocessor`.
 
     Raises:

@@ -129,7 +129,16 @@ class VimRunner(Runner):
             "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
             **(model_wrapper_cfg or {}),
         }
-        return MMDistributedDataParallel(module=model, **options)
+        if self.device_type != "cuda":
+            return MMDistributedDataParallel(module=model, **options)
+        # DDP keeps what adds gradients up, and that belongs to the stream of now. If it were the
+        # default one, no graph of the model's backward could be captured.
+        now, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            model = MMDistributedDataParallel(module=model, **options)
+        now.wait_stream(side)
+        return model
 
     def _shard(self, model: nn.Module) -> nn.Module:
         """Shard parameters, gradients and optimizer states over all processes, block by block."""

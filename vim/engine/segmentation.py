@@ -80,7 +80,8 @@ class VimSegmenter(BaseModel):
         inference: arguments of `Segmenter.predict`: window, stride, scales, flip.
         sync_bn: where several GPUs train, batch norm takes the statistics of all their images.
         cuda_graph: whether a GPU replays forward and backward of the whole network in training, see
-            `TrainingGraph`; for one process, without `grad_checkpointing` and `torch.compile`.
+            `TrainingGraph`; without `grad_checkpointing`, `torch.compile` and FSDP, and on several
+            processes with sync_bn=False.
         data_preprocessor: config of `VimSegmentationPreprocessor`.
 
     Raises:

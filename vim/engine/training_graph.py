@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vim.layers import MixtureOfExperts
 
@@ -21,7 +21,8 @@ class TrainingGraph:
     else, go through the module itself. Random numbers, such as stochastic depth's, are drawn anew
     at every replay. Gradients arrive as from the module. Mixtures of experts have `aux_loss`, with
     its gradient, `load` and `dropped` after a replay, too, until the next one overwrites them.
-    Batch norm counts each step once, the trial runs before the capture not at all.
+    Batch norm counts each step once, the trial runs before the capture not at all. Of several
+    processes each has graphs of its own; DDP adds their gradients up after the replay.
 
     Args:
         module: what takes images (B, C, H, W) and returns a tensor, or tuples, lists and dicts of
@@ -30,12 +31,20 @@ class TrainingGraph:
         options: of every call.
 
     Raises:
-        ValueError: there are several processes.
+        ValueError: FSDP shards the module, or its batch norms are synchronised.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError("model.cuda_graph=True is for one process: leave it out")
+        if any(isinstance(p, DTensor) for p in module.parameters()):
+            raise ValueError(
+                "a graph's weights stay where they are, and FSDP gathers them anew in each step: "
+                'leave out model.cuda_graph=True or parallel="fsdp"'
+            )
+        if any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+            raise ValueError(
+                "synchronised batch norm asks other processes in the middle of what would be a "
+                "graph: set model.sync_bn=False, or leave out model.cuda_graph=True"
+            )
         self.module = module
         self.options = options
         self._experts = [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
