@@ -1,0 +1,122 @@
+"""Run the CUDA backend on a CPU: its kernels compiled as C++, its launches answered by fibers.
+
+What is written in PTX stands in few functions of the kernels, which get a body in C++ instead; see
+`device.h` for the rest. Kernels, shapes of blocks and the Python around them are the backend's own.
+"""
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from vim._sources import kernel_sources
+from vim.ops.cuda import _compile, add_norm, bidirectional_mixer, causal_conv1d, selective_scan
+
+HERE = Path(__file__).parent
+PROCESSORS = 2
+
+MMA = "mma.sync.aligned.m16n8k8.row.col.f32"
+# PTX, and what stands for it on a CPU.
+PTX = {
+    "ex2.approx": "y = device::exp2_approx(x);",
+    "rcp.approx": "y = 1.f / x;",
+    "lg2.approx": "y = std::log2(x);",
+    f"{MMA}.bf16": "device::multiply_halves(__nv_bfloat16(), d, a, b);",
+    f"{MMA}.f16": "device::multiply_halves(__half(), d, a, b);",
+    f"{MMA}.tf32": "device::multiply(d, a, b, c);",
+    "bar.sync 1": "device::wait_for_some(1, TEAM);",
+    "bar.sync 2": "device::wait_for_some(2, TEAM);",
+    "cvt.rn.f32.f64": "scale = static_cast<float>(p.scale);",
+    "cp.async.cg": "device::copy_async(shared, global, valid);",
+    "cp.async.commit_group": "device::commit();",
+    "cp.async.wait_group": "device::wait_copies(PENDING);",
+}
+
+
+def without_ptx(source: str) -> str:
+    """Return a source with its assembly replaced."""
+    parts, end = [], 0
+    for match in re.finditer(r"\basm(?: volatile)?\(", source):
+        parts.append(source[end : match.start()])
+        depth, quoted, end = 1, False, match.end()
+        while depth > 0:
+            quoted ^= source[end] == '"'
+            depth += 0 if quoted else (source[end] == "(") - (source[end] == ")")
+            end += 1
+        ptx = source[match.end() : end].split('"')[1]
+        end += 1  # the semicolon
+        bodies = [body for name, body in PTX.items() if ptx.startswith(name)]
+        if ptx and not bodies:
+            raise ValueError(f"nothing stands for {ptx!r} on a CPU: add it to PTX")
+        parts.append(bodies[0] if ptx else "")  # without any, it keeps a value in a register
+    return "".join([*parts, source[end:]])
+
+
+class Kernel:
+    """A kernel compiled as C++; stands for that of `vim.ops.cuda._compile`."""
+
+    def __init__(self, folder: Path, source: str, name: str) -> None:
+        key = hashlib.sha256(name.encode()).hexdigest()[:16]
+        program, library = folder / f"{key}.cpp", folder / f"{key}.so"
+        if not library.exists():
+            program.write_text(
+                f'#include "device.h"\n#include "{source}.cu"\n'
+                'extern "C" void run(const unsigned *grid, const unsigned *block,\n'
+                "                    const std::uint64_t *words) {\n"
+                f"    device::run<{name}>(grid, block, words);\n}}\n"
+            )
+            flags = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-w"]
+            flags += ["-shared", "-fPIC", f"-I{folder}", f"-I{HERE}"]
+            subprocess.run(["g++", *flags, program, "-o", library], check=True)
+        self.start = ctypes.CDLL(library).run
+
+    def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
+        return PROCESSORS
+
+
+def launch(kernel: Kernel, grid, block, shared_bytes: int, *arguments) -> None:
+    if 0 in grid:
+        return
+    words = b""
+    for x in arguments:
+        if isinstance(x, float):
+            words += struct.pack("d", x)
+        else:
+            value = 0 if x is None else x.data_ptr() if isinstance(x, torch.Tensor) else int(x)
+            words += struct.pack("q" if value < 0 else "Q", value)
+    sizes = [(ctypes.c_uint * 3)(*size) for size in (grid, block)]
+    kernel.start(*sizes, words)
+
+
+def missing() -> str | None:
+    """Return what this machine lacks, if anything."""
+    if not sys.platform.startswith("linux"):
+        return f"fibers by ucontext.h are for Linux, this is {sys.platform}"
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def use(monkeypatch, folder: Path) -> None:
+    """Have the CUDA backend run on the CPU.
+
+    Args:
+        folder: where to compile.
+    """
+    for path in kernel_sources("cuda").iterdir():
+        if path.suffix in (".cu", ".cuh"):
+            target = folder / path.name
+            text = without_ptx(path.read_text())
+            if not target.exists() or target.read_text() != text:
+                target.write_text(text)
+    kernel = functools.cache(lambda source, name, device: Kernel(folder, source, name))
+    for module in (_compile, add_norm, bidirectional_mixer, causal_conv1d, selective_scan):
+        monkeypatch.setattr(module, "unavailable", lambda device, dtype: None)
+        monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(module, "get_kernel", kernel)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS, raising=False)

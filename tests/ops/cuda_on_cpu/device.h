@@ -1,0 +1,270 @@
+// What a CUDA kernel finds on a GPU, for a C++ compiler: one block at a time, its threads as fibers that
+// change places wherever threads wait for one another. Slow, exact about who sees what: an asynchronous
+// copy happens only when it is waited for, and the order of threads is another one after every wait.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <tuple>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__ static
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define alignas(bytes) __attribute__((aligned(bytes)))  // which may stand after __shared__
+#define __builtin_assume(condition) static_cast<void>(0)
+
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+
+template <class A, class B> constexpr auto min(A a, B b) { return b < a ? b : a; }
+template <class A, class B> constexpr auto max(A a, B b) { return a < b ? b : a; }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+
+inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+
+struct __nv_bfloat16 { std::uint16_t bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    if (x != x) return {0x7fff};
+    const unsigned bits = __float_as_uint(x);
+    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+struct __half { _Float16 value; };
+struct alignas(4) __half2 { __half x, y; };
+inline float __half2float(__half x) { return x.value; }
+inline float2 __half22float2(__half2 x) { return {float(x.x.value), float(x.y.value)}; }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
+namespace device {
+
+struct Copy { void *to; const void *from; bool valid; int group; };
+struct Thread {
+    ucontext_t context;
+    std::vector<char> stack;
+    dim3 index;
+    int number = 0, groups = 0;  // groups: of copies, committed
+    bool done = false;
+    std::vector<Copy> copies;
+};
+struct Barrier { int arrived = 0; unsigned generation = 0; };
+struct Warp { Barrier barrier; std::uint64_t words[32][8]; };
+
+inline std::vector<Thread> threads;
+inline std::vector<Warp> warps;
+inline Barrier barriers[16];
+inline ucontext_t scheduler;
+inline Thread *current;
+inline dim3 block_index, block_size, grid_size;
+inline int alive;
+inline bool progress;
+inline void (*entry)();
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void wait(Barrier &barrier, int count) {
+    const unsigned generation = barrier.generation;
+    progress = true;
+    if (++barrier.arrived == count) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        return;
+    }
+    while (barrier.generation == generation) yield();
+}
+inline Warp &warp() { return warps[current->number / 32]; }
+inline int lane() { return current->number % 32; }
+inline int lanes() { return std::min<int>(32, threads.size() - current->number / 32 * 32); }
+inline void wait_for_warp() { wait(warp().barrier, lanes()); }
+inline void wait_for_some(int barrier, int count) { wait(barriers[barrier], count); }
+
+// What every lane of the warp has given, in `words`; until the next wait of the warp.
+template <class T> void give(const T &value) {
+    static_assert(sizeof(T) <= sizeof(warp().words[0]));
+    wait_for_warp();  // for those who still read the last ones
+    std::memcpy(warp().words[lane()], &value, sizeof(T));
+    wait_for_warp();
+}
+template <class T> T given_by(int lane) {
+    T value;
+    std::memcpy(&value, warp().words[lane], sizeof(T));
+    return value;
+}
+
+// D = A B + C with the fragments of mma.m16n8k8: K elements of a lane's words, by row of A and of B.
+struct Fragments { float a[4], b[2], c[4]; };
+inline float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+inline void multiply(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4]) {
+    struct { float a[4], b[2]; } mine;
+    for (int i = 0; i < 4; ++i) mine.a[i] = tf32(a[i]);
+    for (int i = 0; i < 2; ++i) mine.b[i] = tf32(b[i]);
+    give(mine);
+    const int g = lane() / 4, t = lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 8; ++k) {
+            const auto of_a = given_by<decltype(mine)>(row % 8 * 4 + k % 4);
+            const auto of_b = given_by<decltype(mine)>(column * 4 + k % 4);
+            sum += double(of_a.a[row / 8 + k / 4 * 2]) * of_b.b[k / 4];
+        }
+        d[i] = static_cast<float>(sum);
+    }
+}
+// The same of 16-bit elements: two neighbours a word.
+inline float half_of(__nv_bfloat16, unsigned word, int i) {
+    return __uint_as_float(i ? word & 0xffff0000u : word << 16);
+}
+inline float half_of(__half, unsigned word, int i) {
+    __half2 pair;
+    std::memcpy(&pair, &word, 4);
+    return __half2float(i ? pair.y : pair.x);
+}
+template <class T> void multiply_halves(T type, float (&d)[4], const unsigned (&a)[2], unsigned b) {
+    struct { unsigned a[2], b; } mine = {{a[0], a[1]}, b};
+    give(mine);
+    const int g = lane() / 4, t = lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        double sum = d[i];
+        for (int k = 0; k < 8; ++k) {
+            const auto of_a = given_by<decltype(mine)>(row % 8 * 4 + k / 2);
+            const auto of_b = given_by<decltype(mine)>(column * 4 + k / 2);
+            sum += double(half_of(type, of_a.a[row / 8], k % 2)) * half_of(type, of_b.b, k % 2);
+        }
+        d[i] = static_cast<float>(sum);
+    }
+}
+
+inline void copy_async(void *to, const void *from, bool valid) {
+    current->copies.push_back({to, from, valid, current->groups});
+}
+inline void commit() { ++current->groups; }
+inline void wait_copies(int pending) {
+    auto &copies = current->copies;
+    const int until = current->groups - pending;
+    for (const Copy &copy : copies) {
+        if (copy.group >= until) continue;
+        if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+        else std::memset(copy.to, 0, 16);
+    }
+    copies.erase(std::remove_if(copies.begin(), copies.end(),
+                                [&](const Copy &copy) { return copy.group < until; }),
+                 copies.end());
+}
+
+inline float exp2_approx(float x) {
+    const float y = std::exp2(x);
+    return std::fabs(y) < 1.17549435e-38f ? 0.f : y;
+}
+
+inline void run_thread() {
+    entry();
+    current->done = true;
+    progress = true;
+    // Who has left counts as arrived.
+    if (--alive > 0 && barriers[0].arrived == alive) barriers[0].arrived = 0, ++barriers[0].generation;
+    yield();
+}
+
+inline void run_block(std::mt19937 &random) {
+    const int count = block_size.x * block_size.y * block_size.z;
+    if (static_cast<int>(threads.size()) != count) {
+        threads.clear();
+        threads.resize(count);
+        for (Thread &thread : threads) thread.stack.resize(128 << 10);
+    }
+    warps.assign((count + 31) / 32, Warp());
+    for (Barrier &barrier : barriers) barrier = Barrier();
+    alive = count;
+    std::vector<int> order(count);
+    for (int i = 0; i < count; ++i) {
+        Thread &thread = threads[i];
+        order[i] = thread.number = i;
+        thread.index = {i % block_size.x, i / block_size.x % block_size.y,
+                        i / block_size.x / block_size.y};
+        thread.done = false;
+        thread.groups = 0;
+        thread.copies.clear();
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.data();
+        thread.context.uc_stack.ss_size = thread.stack.size();
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, run_thread, 0);
+    }
+    while (alive > 0) {
+        std::shuffle(order.begin(), order.end(), random);
+        progress = false;
+        for (int i : order) {
+            if (threads[i].done) continue;
+            current = &threads[i];
+            swapcontext(&scheduler, &current->context);
+        }
+        if (!progress && alive > 0) {
+            std::fprintf(stderr, "%d threads wait for ever\n", alive);
+            std::abort();
+        }
+    }
+}
+
+template <class T> T argument(const std::uint64_t *&words) {
+    T value;
+    std::memcpy(&value, words, sizeof(T));
+    words += (sizeof(T) + 7) / 8;
+    return value;
+}
+inline const std::uint64_t *arguments;
+template <auto kernel> struct Call;
+template <class... A, void (*kernel)(A...)> struct Call<kernel> {
+    static void run() {
+        const std::uint64_t *words = arguments;
+        std::tuple<A...> values{argument<A>(words)...};  // braces: from left to right
+        std::apply(kernel, values);
+    }
+};
+template <auto kernel> void run(const unsigned *grid, const unsigned *block, const std::uint64_t *words) {
+    static std::mt19937 random(0);
+    entry = Call<kernel>::run;
+    arguments = words;
+    grid_size = {grid[0], grid[1], grid[2]};
+    block_size = {block[0], block[1], block[2]};
+    for (unsigned z = 0; z < grid[2]; ++z)
+        for (unsigned y = 0; y < grid[1]; ++y)
+            for (unsigned x = 0; x < grid[0]; ++x) block_index = {x, y, z}, run_block(random);
+}
+
+}  // namespace device
+
+#define threadIdx (device::current->index)
+#define blockIdx (device::block_index)
+#define blockDim (device::block_size)
+#define gridDim (device::grid_size)
+
+inline void __syncthreads() { device::wait(device::barriers[0], device::alive); }
+inline void __syncwarp(unsigned = 0xffffffffu) { device::wait_for_warp(); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    device::give(value);
+    return device::given_by<float>(device::lane() ^ mask);
+}
+inline std::uintptr_t __cvta_generic_to_shared(const void *p) {
+    return reinterpret_cast<std::uintptr_t>(p);
+}

@@ -1,0 +1,121 @@
+"""The CUDA backend without a GPU: the cases of its GPU tests that `cuda_on_cpu` can run quickly."""
+
+import pytest
+import torch
+
+from vim.ops import _dispatch, add_norm, add_norm_reference
+
+from . import cuda_on_cpu
+from . import test_bidirectional_mixer as mixers
+from . import test_cuda_kernels as kernels
+from . import test_cuda_selective_scan as scans
+from .cases import Shape, check_op
+
+pytestmark = pytest.mark.skipif(
+    cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())
+)
+DTYPES = [pytest.param(torch.float32, id="f32"), pytest.param(torch.bfloat16, id="bf16")]
+
+
+class Emulated:
+    name, device = "cuda", torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda_on_cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch, folder):
+    cuda_on_cpu.use(monkeypatch, folder)
+    monkeypatch.setattr(scans, "DEVICE", Emulated.device)
+    monkeypatch.setattr(kernels, "Cuda", Emulated)
+    _dispatch._resolve.cache_clear()
+    yield
+    _dispatch._resolve.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [Shape(2, 1, 7, N=16), Shape(1, 33, 72, N=16)], ids=str)
+def test_scan(shape, dtype):
+    scans.test_shapes(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 31, 65, N=1), Shape(2, 21, 40, N=3), Shape(1, 19, 17, N=64)], ids=str
+)
+def test_scan_of_other_numbers_of_states(shape):
+    scans.test_shapes(shape, torch.bfloat16)
+
+
+def test_scan_of_groups_and_slices():
+    scans.test_groups_and_slices(True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [Shape(2, 40, 72, N=16), Shape(1, 9, 65, N=16)], ids=str)
+def test_scan_of_both_directions(shape, dtype):
+    scans.test_both_directions(shape, ("D", "z", "dt_bias"), dtype)
+
+
+def test_scan_backward_in_chunks(monkeypatch):
+    monkeypatch.setattr(scans.cuda_scan, "_backward_chunk", lambda *_: 64)
+    scans.test_both_directions(Shape(1, 129, 40, N=16), (), torch.bfloat16)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
+def test_scan_by_so_many_lanes_a_channel(lanes):
+    scans.test_every_way_to_share_the_work_out((16, lanes), lanes % 4 == 0, torch.bfloat16)
+    scans.test_result_in_the_place_of_u((16, lanes), 24, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_scan_with_dt_as_a_product(lanes, dtype):
+    scans.test_dt_as_a_product((16, lanes), 24, dtype)
+
+
+def test_scan_gradient_in_the_place_of_dt(monkeypatch):
+    scans.test_gradient_in_the_place_of_dt(Shape(1, 149, 72, N=16), None, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "channels"), [(1, 33), (37, 40)])
+def test_convolution(length, channels, dtype):
+    kernels.test_convolution(length, channels, dtype, length > 1)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [192, 33])
+def test_norm(features, dtype, kind):
+    inputs = {
+        "x": torch.randn(3, 7, features).to(dtype),
+        "residual": torch.randn(3, 7, features),
+        "weight": torch.randn(features),
+        "bias": torch.randn(features),
+    }
+    cotangents = {
+        "normed": torch.randn(3, 7, features).to(dtype),
+        "new_residual": torch.randn(3, 7, features),
+    }
+    check_op(add_norm, add_norm_reference, inputs, cotangents, Emulated, eps=1e-5, kind=kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", mixers.SHAPES)
+def test_mixer(name, dtype):
+    mixers.check(mixers.SHAPES[name], dtype, Emulated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["B2-L5-D6-N3", "B2-L33-D40-N16"])
+def test_mixer_with_the_output_projection(name, dtype):
+    shape = mixers.SHAPES[name]
+    mixers.check(shape, dtype, Emulated, mixers.make_out(shape))
+
+
+def test_unknown_assembly_is_refused():
+    with pytest.raises(ValueError, match=r"nothing stands for 'nanosleep\.u32 32;' on a CPU"):
+        cuda_on_cpu.without_ptx('asm volatile("nanosleep.u32 32;");')
