@@ -158,19 +158,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
+    folder = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    finished: dict[Case, Result] = {}
+
     def report(result: Result) -> None:
+        """Write what there is by now: who is interrupted keeps it."""
         speed = result.skipped or f"{result.images_per_second:,.1f} images/s"
         logger.info("%s: %s", " ".join(map(str, vars(result.case).values())), speed)
+        finished[result.case] = result
+        results = [finished[case] for case in cases if case in finished]
+        for name, text in (
+            ("benchmark.json", to_json(results, device)),
+            ("benchmark.md", to_markdown(results)),
+        ):
+            with atomic_write(folder / name) as path:
+                path.write_text(text)
 
     results = benchmark(
         cases, device, arguments.repeats, arguments.seconds, report, arguments.patience
     )
-    folder = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    table = to_markdown(results)
-    for name, text in (("benchmark.json", to_json(results, device)), ("benchmark.md", table)):
-        with atomic_write(folder / name) as path:
-            path.write_text(text)
     measured = [result for result in results if result.skipped is None]
     figures: dict[str, list[Result]] = {}
     for result in measured:
@@ -179,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, members in figures.items():
         with atomic_write(folder / name) as path:
             plot(members).savefig(path, format="png", dpi=120)
-    sys.stdout.write(table)
+    sys.stdout.write(to_markdown(results))
     return 0 if measured else 1
 
 

@@ -51,6 +51,20 @@ def test_what_takes_too_long_is_skipped(tool, tmp_path, capsys):
     assert "longer than 0 s" in capsys.readouterr().out
 
 
+def test_what_is_measured_outlives_an_interruption(tool, tmp_path, monkeypatch):
+    def interrupted(cases, device, repeats, seconds, on_result, patience):
+        on_result(Result(cases[1], skipped="out of memory"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "benchmark", interrupted)
+    sizes = ["--models", "vim_tiny_patch16_224", "--img-sizes", "32", "64", "--output"]
+    with pytest.raises(KeyboardInterrupt):
+        tool.main([*sizes, str(tmp_path)])
+    (result,) = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert result["img_size"] == 64
+    assert "out of memory" in (tmp_path / "benchmark.md").read_text()
+
+
 def test_bad_arguments(tool, capsys):
     with pytest.raises(SystemExit) as exit_:
         tool.main(["--models", "vim_tinny", *ARGUMENTS])
