@@ -13,7 +13,8 @@ and images, bfloat16 autocast over float32 weights, medians of up to 30 calls:
 - eager_forward_ms, eager_train_ms: without graphs.
 - *_gib: peak of the allocator without graphs, weights included.
 
---tiny rehearses all of it but the graphs on the CPU: small images, the smaller batch.
+--tiny rehearses all of it but the graphs on the CPU: small images, the smaller batch. Exit code: 1 if
+a case failed; its row says why.
 """
 
 import argparse
@@ -275,7 +276,7 @@ def of_case(task: str, backbone: str, batch: int, device: torch.device, tiny: bo
     return row
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=BACKBONES)
@@ -302,7 +303,8 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(named | {"failed": reason})
         table = report(rows, arguments.json)  # kept, whatever becomes of the rows to come
     sys.stdout.write(table + "\n")
+    return int(any("failed" in row for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.empty_cache()
         table = report(rows, arguments.json)  # kept, whatever becomes of the rows to come
     sys.stdout.write(table + "\n")
-    return 0
+    return int(any("failed" in row for row in rows))
 
 
 if __name__ == "__main__":

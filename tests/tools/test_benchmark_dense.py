@@ -23,7 +23,8 @@ def tool():
 
 def test_rehearsal_times_both_tasks(tool, tmp_path, capsys):
     file = tmp_path / "dense.json"
-    tool.main(["--tiny", "--backbones", "vim-tiny", "deit-windows-tiny", "--json", str(file)])
+    arguments = ["--tiny", "--backbones", "vim-tiny", "deit-windows-tiny", "--json", str(file)]
+    assert tool.main(arguments) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [(row["task"], row["backbone"], row["batch"]) for row in rows] == [
         ("detection", "vim-tiny", 1),
@@ -43,7 +44,8 @@ def test_what_fails_is_a_row_of_its_own(tool, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tool, "of_case", fail)
     file = tmp_path / "dense.json"
-    tool.main(["--tiny", "--tasks", "detection", "--backbones", "vim-tiny", "--json", str(file)])
+    arguments = ["--tiny", "--tasks", "detection", "--backbones", "vim-tiny", "--json", str(file)]
+    assert tool.main(arguments) == 1
     (row,) = json.loads(file.read_text())["rows"]
     assert row["failed"] == "RuntimeError: No available kernel."
 
