@@ -13,8 +13,8 @@ and images, bfloat16 autocast over float32 weights, medians of up to 30 calls:
 - eager_forward_ms, eager_train_ms: without graphs.
 - *_gib: peak of the allocator without graphs, weights included.
 
---tiny rehearses all of it but the graphs on the CPU: small images, the smaller batch. Exit code: 1 if
-a case failed; its row says why.
+--tiny rehearses all of it but the graphs on the CPU: small images, the smaller batch. Exit code: 1
+if a case failed; its row says why.
 """
 
 import argparse
