@@ -110,8 +110,7 @@ template <class T> T given_by(int lane) {
     return value;
 }
 
-// D = A B + C with the fragments of mma.m16n8k8: K elements of a lane's words, by row of A and of B.
-struct Fragments { float a[4], b[2], c[4]; };
+// D = A B + C of mma.m16n8k8, each lane with its fragments of the matrices.
 inline float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 inline void multiply(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4]) {
     struct { float a[4], b[2]; } mine;
