@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from vim.ops import _dispatch, add_norm, add_norm_reference
+from vim.ops import _dispatch
 
 from . import cuda_on_cpu
 from . import test_bidirectional_mixer as mixers
 from . import test_cuda_kernels as kernels
 from . import test_cuda_selective_scan as scans
-from .cases import Shape, check_op
+from .cases import Shape
 
 pytestmark = pytest.mark.skipif(
     cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())
@@ -90,17 +90,7 @@ def test_convolution(length, channels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [192, 33])
 def test_norm(features, dtype, kind):
-    inputs = {
-        "x": torch.randn(3, 7, features).to(dtype),
-        "residual": torch.randn(3, 7, features),
-        "weight": torch.randn(features),
-        "bias": torch.randn(features),
-    }
-    cotangents = {
-        "normed": torch.randn(3, 7, features).to(dtype),
-        "new_residual": torch.randn(3, 7, features),
-    }
-    check_op(add_norm, add_norm_reference, inputs, cotangents, Emulated, eps=1e-5, kind=kind)
+    kernels.test_norm(features, dtype, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
