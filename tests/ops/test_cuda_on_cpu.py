@@ -106,6 +106,28 @@ def test_mixer_with_the_output_projection(name, dtype):
     mixers.check(shape, dtype, Emulated, mixers.make_out(shape))
 
 
+WAITS = {
+    "copy": "        if constexpr (HAS_Y) wait_copies<1>();",
+    "barrier": "        __syncthreads();\n\n        if constexpr (CARRY) {",
+}
+
+
+@pytest.mark.parametrize("lines", WAITS.values(), ids=WAITS)
+def test_a_missing_wait_shows(lines, tmp_path, monkeypatch):
+    """The first of these lines is left out of the kernel that has them."""
+    whole, wait = cuda_on_cpu.without_ptx, lines.partition("\n")[0]
+    sources = [path.read_text() for path in cuda_on_cpu.kernel_sources("cuda").glob("*.cu")]
+    assert sum(lines in source for source in sources) == 1
+
+    def without_it(source):
+        return whole(source.replace(lines, lines.removeprefix(wait), 1))
+
+    monkeypatch.setattr(cuda_on_cpu, "without_ptx", without_it)
+    cuda_on_cpu.use(monkeypatch, tmp_path)
+    with pytest.raises(AssertionError, match="too far from the truth"):
+        scans.test_both_directions(Shape(2, 40, 72, N=16), ("D", "z", "dt_bias"), torch.bfloat16)
+
+
 def test_unknown_assembly_is_refused():
     with pytest.raises(ValueError, match=r"nothing stands for 'nanosleep\.u32 32;' on a CPU"):
         cuda_on_cpu.without_ptx('asm volatile("nanosleep.u32 32;");')

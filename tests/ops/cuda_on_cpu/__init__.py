@@ -30,7 +30,7 @@ PTX = {
     "lg2.approx": "y = std::log2(x);",
     f"{MMA}.bf16": "device::multiply_halves(__nv_bfloat16(), d, a, b);",
     f"{MMA}.f16": "device::multiply_halves(__half(), d, a, b);",
-    f"{MMA}.tf32": "device::multiply(d, a, b, c);",
+    f"{MMA}.tf32": "device::multiply_tf32(d, a, b, c);",
     "bar.sync 1": "device::wait_for_some(1, TEAM);",
     "bar.sync 2": "device::wait_for_some(2, TEAM);",
     "cvt.rn.f32.f64": "scale = static_cast<float>(p.scale);",

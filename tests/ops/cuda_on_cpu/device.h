@@ -110,24 +110,28 @@ template <class T> T given_by(int lane) {
     return value;
 }
 
-// D = A B + C of mma.m16n8k8, each lane with its fragments of the matrices.
-inline float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-inline void multiply(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4]) {
-    struct { float a[4], b[2]; } mine;
-    for (int i = 0; i < 4; ++i) mine.a[i] = tf32(a[i]);
-    for (int i = 0; i < 2; ++i) mine.b[i] = tf32(b[i]);
-    give(mine);
-    const int g = lane() / 4, t = lane() % 4;
+// D = A B + C of mma.m16n8k8, of which each lane has given its part. `a_of` (row, k) and `b_of`
+// (k, column) find an element among what was given.
+template <class A, class B>
+void multiply(float (&d)[4], const float (&c)[4], const A &a_of, const B &b_of) {
     for (int i = 0; i < 4; ++i) {
-        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        const int row = lane() / 4 + i / 2 * 8, column = 2 * (lane() % 4) + i % 2;
         double sum = c[i];
-        for (int k = 0; k < 8; ++k) {
-            const auto of_a = given_by<decltype(mine)>(row % 8 * 4 + k % 4);
-            const auto of_b = given_by<decltype(mine)>(column * 4 + k % 4);
-            sum += double(of_a.a[row / 8 + k / 4 * 2]) * of_b.b[k / 4];
-        }
+        for (int k = 0; k < 8; ++k) sum += double(a_of(row, k)) * b_of(k, column);
         d[i] = static_cast<float>(sum);
     }
+}
+inline float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+inline void multiply_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2],
+                          const float (&c)[4]) {
+    struct Part { float a[4], b[2]; };
+    give(Part{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+    multiply(
+        d, c,
+        [](int row, int k) {
+            return tf32(given_by<Part>(row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]);
+        },
+        [](int k, int column) { return tf32(given_by<Part>(column * 4 + k % 4).b[k / 4]); });
 }
 // The same of 16-bit elements: two neighbours a word.
 inline float half_of(__nv_bfloat16, unsigned word, int i) {
@@ -139,19 +143,16 @@ inline float half_of(__half, unsigned word, int i) {
     return __half2float(i ? pair.y : pair.x);
 }
 template <class T> void multiply_halves(T type, float (&d)[4], const unsigned (&a)[2], unsigned b) {
-    struct { unsigned a[2], b; } mine = {{a[0], a[1]}, b};
-    give(mine);
-    const int g = lane() / 4, t = lane() % 4;
-    for (int i = 0; i < 4; ++i) {
-        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        double sum = d[i];
-        for (int k = 0; k < 8; ++k) {
-            const auto of_a = given_by<decltype(mine)>(row % 8 * 4 + k / 2);
-            const auto of_b = given_by<decltype(mine)>(column * 4 + k / 2);
-            sum += double(half_of(type, of_a.a[row / 8], k % 2)) * half_of(type, of_b.b, k % 2);
-        }
-        d[i] = static_cast<float>(sum);
-    }
+    struct Part { unsigned a[2], b; };
+    give(Part{{a[0], a[1]}, b});
+    multiply(
+        d, d,
+        [=](int row, int k) {
+            return half_of(type, given_by<Part>(row % 8 * 4 + k / 2).a[row / 8], k % 2);
+        },
+        [=](int k, int column) {
+            return half_of(type, given_by<Part>(column * 4 + k / 2).b, k % 2);
+        });
 }
 
 inline void copy_async(void *to, const void *from, bool valid) {
