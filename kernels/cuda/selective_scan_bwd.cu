@@ -75,6 +75,8 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     using Matrices = MatrixItem<T, NS, S, THREADS, scalar_t>;
     constexpr int PITCH = CH + 16 / sizeof(scalar_t);  // spreads the banks
 
+    // Lanes that keep the same channel in their first register; if two, each leaves its own sum.
+    constexpr int SPREAD = S / CPT, PARTS = SPREAD == 2 ? 2 : 1;
     constexpr int PAIRS = TEAM_CH / 2, OWN_STEP = TEAM / PAIRS;
     constexpr int OWN_ROWS = OWN_STEP < T / 2 ? OWN_STEP : T / 2;
 
@@ -85,7 +87,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         alignas(16) float2 g[T / 2][TEAM_CH];
         // For stage 5: two channels of a token, then of the next; slopes of delta by dt.
         alignas(16) float4 deltas[T / 2][TEAM_CH / 2], slopes[T / 2][TEAM_CH / 2];
-        alignas(16) float2 sums[T][TEAM_CH];            // <dh, B>, <A2, dh * a * h>
+        alignas(16) float2 sums[PARTS][T][TEAM_CH];     // <dh, B>, <A2, dh * a * h>
         // Registers are dear: of two channels dt_bias and D; a thread's sums of their gradients.
         alignas(16) float4 constants[PAIRS], totals[OWN_ROWS][PAIRS];
     };
@@ -106,7 +108,6 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     const bool odd = lane / 4 % 2;
     // Register j is channel `channel_of(j)` of the team. The order differs between lanes that share
     // channels, so that in sums over states they find what to send in the same registers.
-    constexpr int SPREAD = S / CPT;
     int channel = (warp % (TEAM / 32)) * LANES * CPT + subset * STRIDE * CPT +
                   STRIDE * (s / SPREAD) + lane % STRIDE;
     auto channel_of = [&](int j) { return channel ^ STRIDE * j; };
@@ -275,16 +276,20 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         for (int k = 0; k < (T + DBC_STEP - 1) / DBC_STEP; ++k) {
             const int r = dBC_row + k * DBC_STEP;
             if (r < low || r >= high || dBC_state >= states) continue;
-            float2 sum = {};
+            float2 share[SHARES];
 #pragma unroll
-            for (int w = 0; w < SHARES; ++w) {
-                const float2 share = my.dBC[r][w][dBC_state];
-                sum.x += share.x;
-                sum.y += share.y;
+            for (int w = 0; w < SHARES; ++w) share[w] = my.dBC[r][w][dBC_state];
+#pragma unroll
+            for (int half = SHARES / 2; half >= 1; half /= 2) {
+#pragma unroll
+                for (int w = 0; w < half; ++w) {
+                    share[w].x += share[w + half].x;
+                    share[w].y += share[w + half].y;
+                }
             }
             float *to = dBC_to + k * DBC_STEP * dBC_stride;
-            to[0] = sum.x;
-            to[states] = sum.y;
+            to[0] = share[0].x;
+            to[states] = share[0].y;
         }
         dBC_to -= T * static_cast<long long>(dBC_stride);
     };
@@ -441,21 +446,50 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         // and with them the decays.
         __syncwarp();
 
-        // Stage 4: the adjoint recurrence, from the last token to the first.
+        // Stage 4: the adjoint recurrence, from the last token to the first. The sums of a token are
+        // stored while the next one is worked out, after the loads for the one to follow: shared
+        // memory is read and written in the order that stands here, and nobody waits for a sum.
         float4 steps[CPT];
         float2 gs[CPT];
+        float b[NS], c[NS];
+        auto load_token = [&](int t) {
+            load_row(&my.BC[stage][t][s * Matrices::SEGMENT], b, c);
+            if (t % 2 == 0) return;
 #pragma unroll
-        for (int t = T - 1; t >= 0; --t) {
-            if (t % 2 == 1) {
+            for (int j = 0; j < CPT; ++j) {
+                steps[j] = team.steps[t / 2][channel_of(j)];
+                gs[j] = team.g[t / 2][channel_of(j)];
+            }
+        };
+        constexpr int HELD = 2 * NS > LANES ? 2 * NS / LANES : 1;  // of dB and dC, without TENSOR
+        float sums[2], sums_of_BC[TENSOR ? 2 * NS : HELD];
+        auto store_sums = [&](int t) {
+            if constexpr (SPREAD <= 2) {
+                team.sums[s % SPREAD][t][channel_of(0)] = make_float2(sums[0], sums[1]);
+            } else if (s % (SPREAD / 2) == 0) {
+                reinterpret_cast<float *>(
+                    &team.sums[0][t][channel_of(0)])[s % SPREAD / (SPREAD / 2)] = sums[0];
+            }
+            if constexpr (TENSOR) {
+                if (lane % 4 == lane / 8)
+                    store(&my.dBC[t][warp * SUBSETS + subset][s * NS].x, sums_of_BC);
+            } else {
+                constexpr int KEEPERS = 2 * NS / HELD;
+                const int q = lane % LANES;
+                if (q % (LANES / KEEPERS) == 0) {
 #pragma unroll
-                for (int j = 0; j < CPT; ++j) {
-                    steps[j] = team.steps[t / 2][channel_of(j)];
-                    gs[j] = team.g[t / 2][channel_of(j)];
+                    for (int i = 0; i < HELD; ++i) {
+                        const int value = q / (LANES / KEEPERS) * HELD + i;
+                        float2 &to = my.dBC[t][warp][s * NS + value % NS];
+                        (value < NS ? to.x : to.y) = sums_of_BC[i];
+                    }
                 }
             }
-            float b[NS], c[NS], du[CPT], g[CPT], over_b[CPT], over_A[CPT], dBC[2 * NS];
-            load_row(&my.BC[stage][t][s * Matrices::SEGMENT], b, c);
-            float products[NS / 2 + 1][4] = {};  // of two states: dB, dC, then the other's
+        };
+        load_token(T - 1);
+#pragma unroll
+        for (int t = T - 1; t >= 0; --t) {
+            float du[CPT], g[CPT], over_b[CPT], over_A[CPT], dBC[2 * NS];
             float before[CPT][NS];  // dh before the decay, for the products
 #pragma unroll
             for (int j = 0; j < CPT; ++j) {
@@ -479,6 +513,8 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     dA[j][i] = fmaf(delta, product, dA[j][i]);
                 }
             }
+            if (t > 0) load_token(t - 1);
+            if (t < T - 1) store_sums(t + 1);
             // Over the states of a channel: the S lanes that share it.
 #pragma unroll
             for (int half = CPT / 2; half >= 1; half /= 2) {
@@ -489,17 +525,11 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     over_A[j] += __shfl_xor_sync(FULL_WARP, over_A[j + half], mask);
                 }
             }
-            float sums[2] = {over_b[0], over_A[0]};
-            if constexpr (SPREAD == 1) {
-                team.sums[t][channel_of(0)] = make_float2(sums[0], sums[1]);
-            } else {
-                reduce_transposed<SPREAD, STRIDE>(sums, s % SPREAD);
-                if (SPREAD == 2 || s % (SPREAD / 2) == 0)
-                    reinterpret_cast<float *>(
-                        &team.sums[t][channel_of(0)])[s % SPREAD / (SPREAD / 2)] = sums[0];
-            }
+            sums[0] = over_b[0], sums[1] = over_A[0];
+            if constexpr (SPREAD > 2) reduce_transposed<SPREAD, STRIDE>(sums, s % SPREAD);
             // Over the channels of the warp: the lanes that hold the same states.
             if constexpr (TENSOR) {
+                float products[NS / 2][4] = {};  // of two states: dB, dC, then the other's
                 // Even columns are for dB, odd ones for dC.
 #pragma unroll
                 for (int j = 0; j < CPT; j += 2) {
@@ -518,30 +548,15 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                                           to_C, sum);
                     }
                 }
-                if (lane % 4 == lane / 8) {
-                    float2 *to = &my.dBC[t][warp * SUBSETS + subset][s * NS];
 #pragma unroll
-                    for (int i = 0; i < NS; i += 2) {
-                        const float(&sum)[4] = products[i / 2];
-                        *reinterpret_cast<float4 *>(to + i) =
-                            make_float4(sum[0], sum[1], sum[2], sum[3]);
-                    }
-                }
+                for (int i = 0; i < 2 * NS; ++i) sums_of_BC[i] = products[i / 4][i % 4];
             } else {
-                const int q = lane % LANES;
-                reduce_transposed<LANES>(dBC, q);
-                constexpr int HELD = 2 * NS > LANES ? 2 * NS / LANES : 1;
-                constexpr int KEEPERS = 2 * NS / HELD;
-                if (q % (LANES / KEEPERS) == 0) {
+                reduce_transposed<LANES>(dBC, lane % LANES);
 #pragma unroll
-                    for (int i = 0; i < HELD; ++i) {
-                        const int value = q / (LANES / KEEPERS) * HELD + i;
-                        float2 &to = my.dBC[t][warp][s * NS + value % NS];
-                        (value < NS ? to.x : to.y) = dBC[i];
-                    }
-                }
+                for (int i = 0; i < HELD; ++i) sums_of_BC[i] = dBC[i];
             }
         }
+        store_sums(0);
         if (step > 0) matrices.store(my.BC[stage ^ 1]);
         wait_for_team();
 
@@ -563,7 +578,13 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                 if (r < low || r >= high || own_channel >= channels) continue;
                 float u_[2], sums[4], du[2], ddt[2];
                 load(&my.u[stage][r][staged_channel], u_);
-                load(&team.sums[r][own_channel].x, sums);
+                load(&team.sums[0][r][own_channel].x, sums);
+                if constexpr (PARTS == 2) {
+                    float more[4];
+                    load(&team.sums[PARTS - 1][r][own_channel].x, more);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[i] += more[i];
+                }
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const float skip = i ? constants.w : constants.z;

@@ -48,6 +48,35 @@ def test_a_model_that_does_not_tell():
     assert vim.flops(torch.nn.Conv2d(3, 8, 3), 10) == 2 * 3 * 8 * 9 * 64
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"proj_size": 3}])
+@pytest.mark.parametrize("shape", [(7, 2, 5), (7, 5)])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_a_recurrent_network_is_counted_as_step_by_step(kind, shape, options):
+    if "proj_size" in options and kind is not torch.nn.LSTM:
+        pytest.skip("only an LSTM has it")
+
+    shapes = []
+
+    class Network(torch.nn.Module):
+        in_chans = 3
+
+        def __init__(self):
+            super().__init__()
+            self.rnn = kind(5, 4, num_layers=2, bidirectional=True, **options)
+
+        def forward(self, image):
+            result, last = self.rnn(image.new_empty(shape))
+            shapes.append([x.shape for x in (result, *(last if kind is torch.nn.LSTM else [last]))])
+            return result
+
+    network = Network().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 3, 8, 8, device="meta"))
+    assert vim.flops(network, 8) == counter.get_total_flops() > 0
+    assert len(shapes) == 2
+    assert shapes[0] == shapes[1]
+
+
 def test_a_training_step_costs_three_forward_passes():
     model = timm.create_model("vim_tiny_patch16_224", depth=2, img_size=32, num_classes=10)
     images = torch.randn(1, 3, 32, 32, requires_grad=True)

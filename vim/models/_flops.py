@@ -1,10 +1,12 @@
 """Floating-point operations of a model."""
 
 import copy
+import functools
 
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["flops"]
@@ -41,8 +43,34 @@ def flops(
                 f"{type(model).__name__} does not tell the size of its images: give img_size"
             )
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    for module in shadow.modules():
+        if isinstance(module, nn.RNNBase):
+            module.forward = functools.partial(_all_steps_at_once, module)
     image = torch.empty(batch_size, channels, *to_2tuple(img_size), device="meta")
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), image.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow(image.to(dtype))
     return counter.get_total_flops()
+
+
+def _all_steps_at_once(
+    network: nn.RNNBase, tokens: Tensor | PackedSequence, state: object = None
+) -> tuple:
+    """Do the products of a recurrent network for all tokens together, on the meta device.
+
+    PyTorch goes through them one by one: half a minute for 197 tokens and 24 layers.
+    """
+    if isinstance(tokens, PackedSequence):
+        return type(network).forward(network, tokens, state)
+    directions = 1 + network.bidirectional
+    features = network.proj_size or network.hidden_size
+    for weight in network.parameters():
+        if weight.ndim == 2:
+            tokens.new_empty(tokens.shape[:-1].numel(), weight.shape[1]) @ weight.T
+    batch = [] if tokens.ndim == 2 else [tokens.shape[0 if network.batch_first else 1]]
+    last = [
+        tokens.new_empty(directions * network.num_layers, *batch, size)
+        for size in (features, network.hidden_size)
+    ]
+    result = tokens.new_empty(*tokens.shape[:-1], directions * features)
+    return result, tuple(last) if isinstance(network, nn.LSTM) else last[0]

@@ -314,7 +314,7 @@ def _backward_variant(states: int, dtype: torch.dtype) -> BackwardVariant:
     channels = 2 if lanes > 1 else 1
     threads = 64 if lanes <= 2 else 128  # shared memory: below 48 KB
     block_channels = threads * channels // lanes
-    kept = 5 if dtype.itemsize == 2 and states == 16 else 0
+    kept = 4 if dtype.itemsize == 2 and states == 16 else 0
     return BackwardVariant(states // lanes, lanes, channels, block_channels, tile, kept, 2)
 
 
