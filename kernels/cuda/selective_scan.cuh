@@ -62,11 +62,19 @@ __device__ __forceinline__ float softplus(float x) {
     return softplus(x, softplus_exponential<scalar_t>(x));
 }
 
-__device__ __forceinline__ void copy_16_async(void *shared, const void *global, bool valid) {
+// Read 4, 8 or 16 bytes; what is not valid is filled with zeros.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void *shared, const void *global, bool valid) {
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    const int bytes = valid ? 16 : 0;  // what is not read is filled with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
-                 : "memory");
+    const int bytes = valid ? BYTES : 0;
+    if constexpr (BYTES == 16)  // past the first-level cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                     "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global),
+                     "r"(bytes), "n"(BYTES)
+                     : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -147,7 +155,7 @@ struct TileItem {
             const bool valid = r >= low && r < high && columns > 0;
             const scalar_t *at = from + static_cast<long long>(k * ROW_STEP) * stride;
             if (vector) {
-                copy_16_async(&to[r][column], at, valid);
+                copy_async<16>(&to[r][column], at, valid);
             } else {
 #pragma unroll 1
                 for (int j = 0; j < VEC; ++j)

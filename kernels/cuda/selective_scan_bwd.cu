@@ -71,7 +71,11 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     constexpr int SHARES = WARPS * SUBSETS;  // partial sums over channels
     // Lanes with neighbouring states of the same channels are this far apart.
     constexpr int STRIDE = TENSOR ? 4 : LANES;
-    using Item = TileItem<T, CH, THREADS, scalar_t>;
+    // A thread brings parts of u, dt, dy and z; of only two of them where two sets of threads can
+    // share the work.
+    constexpr int U = 0, DT = 1, DY = 2, Z = 3, INPUTS = 4;
+    constexpr int SETS = THREADS * static_cast<int>(16 / sizeof(scalar_t)) >= 2 * T * CH ? 2 : 1;
+    using Item = TileItem<T, CH, THREADS / SETS, scalar_t>;
     using Matrices = MatrixItem<T, NS, S, THREADS, scalar_t>;
     constexpr int PITCH = CH + 16 / sizeof(scalar_t);  // spreads the banks
 
@@ -93,9 +97,10 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     };
     __shared__ Team teams[TEAMS];
     __shared__ struct {
-        alignas(16) scalar_t u[2][T][PITCH], dt[2][T][PITCH], dy[2][T][PITCH], z[2][T][PITCH];
+        alignas(16) scalar_t inputs[2][INPUTS][T][PITCH];
         alignas(16) float BC[2][T][Matrices::PITCH];
         alignas(16) float2 dBC[T][SHARES][N];
+        Packet<float, W> starts[CPT * NS / W][THREADS];  // read by the thread that asked for them
     } my;
 
     // Who this thread is: for the recurrences, and for what is done two channels and two tokens
@@ -146,23 +151,26 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     const Walk<T> walk(min(p.chunk, p.length - first_token), dir == 1 || p.reverse);
     const int tiles = walk.tiles, sign = walk.sign;
 
-    // Addresses of this thread's part of the tile to come, the last one first.
-    const Item item(thread, block_channels);
+    // Addresses of this thread's part of the last tile, and the distance of tiles in bytes.
+    const Item item(thread % (THREADS / SETS), block_channels);
+    const int set = thread / (THREADS / SETS);
     Matrices matrices(thread, p.states);
     const long long last = first_token + static_cast<long long>(sign) * T * (tiles - 1);
     const long long item_token = last + walk.first(item.row);
-    auto start_of = [&](const void *x, long long offset, long long stride) {
-        return static_cast<const scalar_t *>(x) + offset + item_token * stride + block_d0 +
-               item.column;
-    };
-    const int u_stride = sign * static_cast<int>(p.u_token);
-    const int dt_stride = sign * static_cast<int>(p.dt_token);
-    const int z_stride = sign * static_cast<int>(p.z_token);
-    const int dy_stride = sign * static_cast<int>(p.dy_token);
-    const scalar_t *u = start_of(p.u, dir * p.u_dir + batch * p.u_batch, p.u_token);
-    const scalar_t *dt = start_of(p.dt, dir * p.dt_dir + batch * p.dt_batch, p.dt_token);
-    const scalar_t *z = start_of(p.z, batch * p.z_batch, p.z_token);
-    const scalar_t *dy = start_of(p.dy, batch * p.dy_batch, p.dy_token);
+    const scalar_t *inputs[INPUTS / SETS];
+    int input_strides[INPUTS / SETS];  // of tokens in scan order, in elements
+#pragma unroll
+    for (int k = 0; k < INPUTS / SETS; ++k) {
+        const int which = k * SETS + set;
+        const void *x = p.z;
+        long long offset = batch * p.z_batch, stride = p.z_token;
+        if (which == U) x = p.u, offset = dir * p.u_dir + batch * p.u_batch, stride = p.u_token;
+        if (which == DT) x = p.dt, offset = dir * p.dt_dir + batch * p.dt_batch, stride = p.dt_token;
+        if (which == DY) x = p.dy, offset = batch * p.dy_batch, stride = p.dy_token;
+        inputs[k] = static_cast<const scalar_t *>(x) + offset + item_token * stride + block_d0 +
+                    item.column;
+        input_strides[k] = sign * static_cast<int>(stride);
+    }
     const long long B_offset = dir * p.B_dir + batch * p.B_batch + group * p.B_group;
     const long long C_offset = dir * p.C_dir + batch * p.C_batch + group * p.C_group;
     const long long BC_stride = matrices.is_C ? p.C_token : p.B_token;
@@ -180,15 +188,15 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     const bool has_z = p.z != nullptr;
     auto prefetch = [&](int step) {
         const int stage = step & 1, low = low_of(step), high = high_of(step);
-        item.read(my.u[stage], u, u_stride, low, high, VECTOR);
-        item.read(my.dt[stage], dt, dt_stride, low, high, VECTOR);
-        item.read(my.dy[stage], dy, dy_stride, low, high, VECTOR);
-        if (has_z) item.read(my.z[stage], z, z_stride, low, high, VECTOR);
+#pragma unroll
+        for (int k = 0; k < INPUTS / SETS; ++k) {
+            const int which = k * SETS + set;
+            if (which == Z && !has_z) continue;
+            item.read(my.inputs[stage][which], inputs[k], input_strides[k], low, high,
+                      VECTOR);
+            inputs[k] -= T * static_cast<long long>(input_strides[k]);
+        }
         matrices.load(BC, BC_step, low, high, VECTOR);
-        u -= T * static_cast<long long>(u_stride);
-        dt -= T * static_cast<long long>(dt_stride);
-        dy -= T * static_cast<long long>(dy_stride);
-        z -= T * static_cast<long long>(z_stride);
         BC -= T * static_cast<long long>(BC_step);
     };
     // The state before the tile to come.
@@ -198,18 +206,14 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                            walk.tile(tiles - 1)) * (N / QUAD) + s * NS / QUAD) *
                              quad_stride + d0 * QUAD + s * NS % QUAD;
     const long long start_step = sign * (N / QUAD) * quad_stride;
-    auto load_start = [&](float (&h)[CPT][NS]) {
+    auto prefetch_start = [&] {
 #pragma unroll
         for (int i = 0; i < NS; i += W) {
 #pragma unroll
-            for (int j = 0; j < CPT; ++j) {
-                Packet<float, W> packet = {};
-                if (channel_of(j) < channels)
-                    packet = *reinterpret_cast<const Packet<float, W> *>(
-                        start + i / W * quad_stride + channel_of(j) * QUAD);
-#pragma unroll
-                for (int k = 0; k < W; ++k) h[j][i + k] = packet.at[k];
-            }
+            for (int j = 0; j < CPT; ++j)
+                copy_async<W * sizeof(float)>(
+                    &my.starts[i / W * CPT + j][thread],
+                    start + i / W * quad_stride + channel_of(j) * QUAD, channel_of(j) < channels);
         }
         start -= start_step;
     };
@@ -330,73 +334,76 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     // have lost two digits.
     constexpr int SUM_TILES = 64;
 
+    // What the recurrences of a tile need and no state, two tokens and two channels a thread.
+    auto prepare = [&](int step) {
+        const int stage = step & 1, low = low_of(step), high = high_of(step);
+        #pragma unroll
+                for (int pair = own_row; pair < T / 2; pair += OWN_STEP) {
+                    float delta[2][2], du[2][2], g[2][2], slope[2][2];  // by token and channel
+                    const float2 bias = *reinterpret_cast<const float2 *>(&team.constants[own_pair].x);
+        #pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int r = 2 * pair + e;
+                        float u_[2], z_[2];
+                        load(&my.inputs[stage][DT][r][staged_channel], delta[e]);
+                        load(&my.inputs[stage][U][r][staged_channel], u_);
+                        load(&my.inputs[stage][DY][r][staged_channel], g[e]);
+                        if (has_z) load(&my.inputs[stage][Z][r][staged_channel], z_);
+                        const bool valid = r >= low && r < high;
+        #pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            // Where there is no token dt, u, dy and z are zero, and a step of zero leaves
+                            // the state as it is: softplus(-inf), with a slope of zero.
+                            const float x = !valid && SOFTPLUS ? __uint_as_float(0xff800000u)
+                                                               : delta[e][i] + (i ? bias.y : bias.x);
+                            if constexpr (SOFTPLUS) {
+                                const float exponential = softplus_exponential<scalar_t>(x);
+                                // 1 / (1 + e^-x), with e^-|x|.
+                                slope[e][i] =
+                                    fast_reciprocal(1.f + exponential) * (x < 0.f ? exponential : 1.f);
+                                delta[e][i] = softplus(x, exponential);
+                            } else {
+                                slope[e][i] = valid ? 1.f : 0.f;
+                                delta[e][i] = valid ? x : 0.f;
+                            }
+                            g[e][i] *= scale;
+                            if (has_z) g[e][i] *= fast_silu(z_[i]);
+                            if constexpr (CARRY) {
+                                float4 &total = team.totals[own_row][own_pair];
+                                (i ? total.y : total.x) += delta[e][i];
+                            }
+                            du[e][i] = delta[e][i] * u_[i];
+                        }
+                    }
+        #pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        team.steps[pair][own_channel + i] =
+                            make_float4(delta[0][i], du[0][i], delta[1][i], du[1][i]);
+                        team.g[pair][own_channel + i] = make_float2(g[0][i], g[1][i]);
+                    }
+                    team.deltas[pair][own_pair] =
+                        make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
+                    team.slopes[pair][own_pair] =
+                        make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
+                }
+    };
+
     prefetch(tiles - 1);
+    if constexpr (!CARRY) prefetch_start();
     commit_copies();
     matrices.store(my.BC[(tiles - 1) & 1]);
+    wait_copies<0>();
+    __syncthreads();
+    prepare(tiles - 1);
+    __syncthreads();
 
 #pragma unroll 1
     for (int step = tiles - 1; step >= 0; --step) {
         const int stage = step & 1, low = low_of(step), high = high_of(step);
 
-        // Stage 1: this tile has arrived, and the sums of the one after it; ask for the one before.
-        wait_copies<0>();
-        __syncthreads();
-        float h[T + 1][CPT][NS];  // h[t + 1] is the state after token t
-        if constexpr (!CARRY) load_start(h[0]);
+        // Stage 1: ask for the tile before this one.
         if (step > 0) prefetch(step - 1);
-        commit_copies();
-        if (!CARRY && step < tiles - 1) write_dBC(step + 1);
-
-        // Stage 2: what needs no state, two tokens and two channels a thread.
-#pragma unroll
-        for (int pair = own_row; pair < T / 2; pair += OWN_STEP) {
-            float delta[2][2], du[2][2], g[2][2], slope[2][2];  // by token and channel
-            const float2 bias = *reinterpret_cast<const float2 *>(&team.constants[own_pair].x);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int r = 2 * pair + e;
-                float u_[2], z_[2];
-                load(&my.dt[stage][r][staged_channel], delta[e]);
-                load(&my.u[stage][r][staged_channel], u_);
-                load(&my.dy[stage][r][staged_channel], g[e]);
-                if (has_z) load(&my.z[stage][r][staged_channel], z_);
-                const bool valid = r >= low && r < high;
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const float x = delta[e][i] + (i ? bias.y : bias.x);
-                    if constexpr (SOFTPLUS) {
-                        const float exponential = softplus_exponential<scalar_t>(x);
-                        // 1 / (1 + e^-x), with e^-|x|.
-                        slope[e][i] =
-                            fast_reciprocal(1.f + exponential) * (x < 0.f ? exponential : 1.f);
-                        delta[e][i] = softplus(x, exponential);
-                    } else {
-                        slope[e][i] = 1.f;
-                        delta[e][i] = x;
-                    }
-                    g[e][i] *= scale;
-                    if (has_z) g[e][i] *= fast_silu(z_[i]);
-                    // Steps of zero leave states as they are.
-                    if (!valid) delta[e][i] = g[e][i] = 0.f;
-                    if constexpr (CARRY) {
-                        float4 &total = team.totals[own_row][own_pair];
-                        (i ? total.y : total.x) += delta[e][i];
-                    }
-                    du[e][i] = delta[e][i] * u_[i];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                team.steps[pair][own_channel + i] =
-                    make_float4(delta[0][i], du[0][i], delta[1][i], du[1][i]);
-                team.g[pair][own_channel + i] = make_float2(g[0][i], g[1][i]);
-            }
-            team.deltas[pair][own_pair] =
-                make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
-            team.slopes[pair][own_pair] =
-                make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
-        }
-        __syncthreads();
+        if constexpr (CARRY) commit_copies();
 
         if constexpr (CARRY) {
 #pragma unroll
@@ -414,10 +421,20 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                 }
             }
             if (step > 0) matrices.store(my.BC[stage ^ 1]);
+            wait_copies<0>();
+            __syncthreads();
+            if (step > 0) prepare(step - 1);
+            __syncthreads();
             continue;
         }
 
-        // Stage 3: the states once more.
+        // Stage 2: the states once more.
+        float h[T + 1][CPT][NS];  // h[t + 1] is the state after token t
+#pragma unroll
+        for (int j = 0; j < CPT; ++j) {
+#pragma unroll
+            for (int i = 0; i < NS; ++i) h[0][j][i] = my.starts[i / W * CPT + j][thread].at[i % W];
+        }
         float kept[KEPT ? KEPT : 1][CPT][NS];
 #pragma unroll
         for (int t = 0; t < T; t += 2) {
@@ -445,8 +462,10 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         // Across this the compiler reads steps, B and C again, rather than keep them in registers
         // and with them the decays.
         __syncwarp();
+        if (step > 0) prefetch_start();
+        commit_copies();
 
-        // Stage 4: the adjoint recurrence, from the last token to the first. The sums of a token are
+        // Stage 3: the adjoint recurrence, from the last token to the first. The sums of a token are
         // stored while the next one is worked out, after the loads for the one to follow: shared
         // memory is read and written in the order that stands here, and nobody waits for a sum.
         float4 steps[CPT];
@@ -558,9 +577,12 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         }
         store_sums(0);
         if (step > 0) matrices.store(my.BC[stage ^ 1]);
-        wait_for_team();
 
-        // Stage 5: gradients of the inputs, two tokens and two channels a thread.
+        // Stage 4: the tile before has arrived, and this one's sums. Gradients of the inputs, two
+        // tokens and two channels a thread.
+        wait_copies<0>();
+        __syncthreads();
+        write_dBC(step);
 #pragma unroll
         for (int k = 0; k < (T / 2 + OWN_STEP - 1) / OWN_STEP; ++k) {
             const int pair = own_row + k * OWN_STEP;
@@ -575,9 +597,8 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int r = 2 * pair + e;
-                if (r < low || r >= high || own_channel >= channels) continue;
                 float u_[2], sums[4], du[2], ddt[2];
-                load(&my.u[stage][r][staged_channel], u_);
+                load(&my.inputs[stage][U][r][staged_channel], u_);
                 load(&team.sums[0][r][own_channel].x, sums);
                 if constexpr (PARTS == 2) {
                     float more[4];
@@ -593,6 +614,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     dD[i] = fmaf(g[2 * i + e], u_[i], dD[i]);
                     dbias[i] += ddt[i];
                 }
+                if (r < low || r >= high || own_channel >= channels) continue;
                 const long long at = (2 * k * OWN_STEP + e) * static_cast<long long>(own_stride);
                 if (VECTOR) {
                     store(du_to + at, du);
@@ -610,9 +632,10 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         }
         du_to -= T * static_cast<long long>(own_stride);
         ddt_to -= T * static_cast<long long>(own_stride);
+        prepare(step - 1);  // of nothing at the last step, but without a branch
         if (step % SUM_TILES == 0) add_parameters(step + SUM_TILES >= tiles);
+        __syncthreads();
     }
-    __syncthreads();
     if constexpr (CARRY) {
         if (own_row == 0) {
 #pragma unroll
@@ -626,8 +649,6 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                 p.delta_sum[chunk_row * p.channels + d0 + own_channel + i] = sum;
             }
         }
-    } else if (tiles > 0) {
-        write_dBC(0);
     }
 
     if (grad.dstart != nullptr) {

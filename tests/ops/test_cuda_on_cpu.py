@@ -108,7 +108,7 @@ def test_mixer_with_the_output_projection(name, dtype):
 
 WAITS = {
     "copy": "        if constexpr (HAS_Y) wait_copies<1>();",
-    "barrier": "        __syncthreads();\n\n        if constexpr (CARRY) {",
+    "barrier": "        __syncthreads();\n        write_dBC(step);",
 }
 
 

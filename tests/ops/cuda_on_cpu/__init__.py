@@ -34,7 +34,8 @@ PTX = {
     "bar.sync 1": "device::wait_for_some(1, TEAM);",
     "bar.sync 2": "device::wait_for_some(2, TEAM);",
     "cvt.rn.f32.f64": "scale = static_cast<float>(p.scale);",
-    "cp.async.cg": "device::copy_async(shared, global, valid);",
+    "cp.async.cg": "device::copy_async(shared, global, BYTES, valid);",
+    "cp.async.ca": "device::copy_async(shared, global, BYTES, valid);",
     "cp.async.commit_group": "device::commit();",
     "cp.async.wait_group": "device::wait_copies(PENDING);",
 }

@@ -58,7 +58,7 @@ inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x),
 
 namespace device {
 
-struct Copy { void *to; const void *from; bool valid; int group; };
+struct Copy { void *to; const void *from; int bytes; bool valid; int group; };
 struct Thread {
     ucontext_t context;
     std::vector<char> stack;
@@ -155,8 +155,8 @@ template <class T> void multiply_halves(T type, float (&d)[4], const unsigned (&
         });
 }
 
-inline void copy_async(void *to, const void *from, bool valid) {
-    current->copies.push_back({to, from, valid, current->groups});
+inline void copy_async(void *to, const void *from, int bytes, bool valid) {
+    current->copies.push_back({to, from, bytes, valid, current->groups});
 }
 inline void commit() { ++current->groups; }
 inline void wait_copies(int pending) {
@@ -164,8 +164,8 @@ inline void wait_copies(int pending) {
     const int until = current->groups - pending;
     for (const Copy &copy : copies) {
         if (copy.group >= until) continue;
-        if (copy.valid) std::memcpy(copy.to, copy.from, 16);
-        else std::memset(copy.to, 0, 16);
+        if (copy.valid) std::memcpy(copy.to, copy.from, copy.bytes);
+        else std::memset(copy.to, 0, copy.bytes);
     }
     copies.erase(std::remove_if(copies.begin(), copies.end(),
                                 [&](const Copy &copy) { return copy.group < until; }),
