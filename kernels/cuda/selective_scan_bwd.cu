@@ -119,7 +119,8 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     keep(s), keep(channel);
     Team &team = teams[thread / TEAM];
     const int own_pair = thread % PAIRS, own_channel = 2 * own_pair;
-    const int own_row = thread % TEAM / PAIRS;  // of T / 2 pairs of tokens
+    int own_row = thread % TEAM / PAIRS;  // of T / 2 pairs of tokens
+    if constexpr (!TENSOR) keep(own_row);  // spills otherwise (64 states in float32)
     const int staged_channel = thread / TEAM * TEAM_CH + own_channel;
     float scale = p.scale;
     keep(scale);
@@ -151,7 +152,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     const Walk<T> walk(min(p.chunk, p.length - first_token), dir == 1 || p.reverse);
     const int tiles = walk.tiles, sign = walk.sign;
 
-    // Addresses of this thread's part of the last tile, and the distance of tiles in bytes.
+    // Addresses of this thread's part of the tile to come, the last one first.
     const Item item(thread % (THREADS / SETS), block_channels);
     const int set = thread / (THREADS / SETS);
     Matrices matrices(thread, p.states);
@@ -192,8 +193,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         for (int k = 0; k < INPUTS / SETS; ++k) {
             const int which = k * SETS + set;
             if (which == Z && !has_z) continue;
-            item.read(my.inputs[stage][which], inputs[k], input_strides[k], low, high,
-                      VECTOR);
+            item.read(my.inputs[stage][which], inputs[k], input_strides[k], low, high, VECTOR);
             inputs[k] -= T * static_cast<long long>(input_strides[k]);
         }
         matrices.load(BC, BC_step, low, high, VECTOR);
@@ -337,55 +337,55 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     // What the recurrences of a tile need and no state, two tokens and two channels a thread.
     auto prepare = [&](int step) {
         const int stage = step & 1, low = low_of(step), high = high_of(step);
-        #pragma unroll
-                for (int pair = own_row; pair < T / 2; pair += OWN_STEP) {
-                    float delta[2][2], du[2][2], g[2][2], slope[2][2];  // by token and channel
-                    const float2 bias = *reinterpret_cast<const float2 *>(&team.constants[own_pair].x);
-        #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int r = 2 * pair + e;
-                        float u_[2], z_[2];
-                        load(&my.inputs[stage][DT][r][staged_channel], delta[e]);
-                        load(&my.inputs[stage][U][r][staged_channel], u_);
-                        load(&my.inputs[stage][DY][r][staged_channel], g[e]);
-                        if (has_z) load(&my.inputs[stage][Z][r][staged_channel], z_);
-                        const bool valid = r >= low && r < high;
-        #pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            // Where there is no token dt, u, dy and z are zero, and a step of zero leaves
-                            // the state as it is: softplus(-inf), with a slope of zero.
-                            const float x = !valid && SOFTPLUS ? __uint_as_float(0xff800000u)
-                                                               : delta[e][i] + (i ? bias.y : bias.x);
-                            if constexpr (SOFTPLUS) {
-                                const float exponential = softplus_exponential<scalar_t>(x);
-                                // 1 / (1 + e^-x), with e^-|x|.
-                                slope[e][i] =
-                                    fast_reciprocal(1.f + exponential) * (x < 0.f ? exponential : 1.f);
-                                delta[e][i] = softplus(x, exponential);
-                            } else {
-                                slope[e][i] = valid ? 1.f : 0.f;
-                                delta[e][i] = valid ? x : 0.f;
-                            }
-                            g[e][i] *= scale;
-                            if (has_z) g[e][i] *= fast_silu(z_[i]);
-                            if constexpr (CARRY) {
-                                float4 &total = team.totals[own_row][own_pair];
-                                (i ? total.y : total.x) += delta[e][i];
-                            }
-                            du[e][i] = delta[e][i] * u_[i];
-                        }
+#pragma unroll
+        for (int pair = own_row; pair < T / 2; pair += OWN_STEP) {
+            float delta[2][2], du[2][2], g[2][2], slope[2][2];  // by token and channel
+            const float2 bias = *reinterpret_cast<const float2 *>(&team.constants[own_pair].x);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int r = 2 * pair + e;
+                float u_[2], z_[2];
+                load(&my.inputs[stage][DT][r][staged_channel], delta[e]);
+                load(&my.inputs[stage][U][r][staged_channel], u_);
+                load(&my.inputs[stage][DY][r][staged_channel], g[e]);
+                if (has_z) load(&my.inputs[stage][Z][r][staged_channel], z_);
+                const bool valid = r >= low && r < high;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    // Where there is no token dt, u, dy and z are zero, and a step of zero leaves
+                    // the state as it is: softplus(-inf), with a slope of zero.
+                    const float x = !valid && SOFTPLUS ? __uint_as_float(0xff800000u)
+                                                       : delta[e][i] + (i ? bias.y : bias.x);
+                    if constexpr (SOFTPLUS) {
+                        const float exponential = softplus_exponential<scalar_t>(x);
+                        // 1 / (1 + e^-x), with e^-|x|.
+                        slope[e][i] =
+                            fast_reciprocal(1.f + exponential) * (x < 0.f ? exponential : 1.f);
+                        delta[e][i] = softplus(x, exponential);
+                    } else {
+                        slope[e][i] = valid ? 1.f : 0.f;
+                        delta[e][i] = valid ? x : 0.f;
                     }
-        #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        team.steps[pair][own_channel + i] =
-                            make_float4(delta[0][i], du[0][i], delta[1][i], du[1][i]);
-                        team.g[pair][own_channel + i] = make_float2(g[0][i], g[1][i]);
+                    g[e][i] *= scale;
+                    if (has_z) g[e][i] *= fast_silu(z_[i]);
+                    if constexpr (CARRY) {
+                        float4 &total = team.totals[own_row][own_pair];
+                        (i ? total.y : total.x) += delta[e][i];
                     }
-                    team.deltas[pair][own_pair] =
-                        make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
-                    team.slopes[pair][own_pair] =
-                        make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
+                    du[e][i] = delta[e][i] * u_[i];
                 }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                team.steps[pair][own_channel + i] =
+                    make_float4(delta[0][i], du[0][i], delta[1][i], du[1][i]);
+                team.g[pair][own_channel + i] = make_float2(g[0][i], g[1][i]);
+            }
+            team.deltas[pair][own_pair] =
+                make_float4(delta[0][0], delta[0][1], delta[1][0], delta[1][1]);
+            team.slopes[pair][own_pair] =
+                make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
+        }
     };
 
     prefetch(tiles - 1);

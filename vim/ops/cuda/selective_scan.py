@@ -67,11 +67,13 @@ def _variant(states: int, lanes: int, dtype: torch.dtype, tile: int | None = Non
     """
     held = states // lanes
     block_channels = 32 if lanes <= 2 or (lanes == 4 and held == 16) else 16 if lanes == 4 else 8
-    if held < 8 and lanes == 1:
-        block_channels = 64  # bound by bytes: longer rows
+    leaves_states = tile is not None and held == 16 and dtype.itemsize == 2
+    wide = lanes == 1 and (held < 8 or leaves_states)  # bound by bytes: longer rows
+    if wide:
+        block_channels = 64
     # As many registers as the recurrence needs without spilling, and no more.
     if lanes == 1:
-        min_blocks = 4 if held < 8 else 8 if dtype.itemsize == 2 or held < 16 else 6
+        min_blocks = 4 if wide else 8 if dtype.itemsize == 2 or held < 16 else 6
     elif held < 16 or lanes == 2:
         min_blocks = 2 if lanes == 16 else 3
     else:
