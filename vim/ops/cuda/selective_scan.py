@@ -59,16 +59,20 @@ def _tile(states: int, lanes: int, block_channels: int, dtype: torch.dtype) -> i
     return min(most, 1 << ((48 * 1024 - 2048) // token).bit_length() - 1)
 
 
-def _variant(states: int, lanes: int, dtype: torch.dtype, tile: int | None = None) -> Variant:
+def _variant(
+    states: int, lanes: int, dtype: torch.dtype, tile: int | None = None, chunked: bool = False
+) -> Variant:
     """Return the fastest way, of those measured, to give a channel `lanes` lanes.
 
     Args:
         tile: where the backward, whose first pass this is then, has chosen it.
+        chunked: whether it has cut sequences, which are few and long then.
     """
     held = states // lanes
     block_channels = 32 if lanes <= 2 or (lanes == 4 and held == 16) else 16 if lanes == 4 else 8
     leaves_states = tile is not None and held == 16 and dtype.itemsize == 2
-    wide = lanes == 1 and (held < 8 or leaves_states)  # bound by bytes: longer rows
+    # Bound by bytes: longer rows.
+    wide = lanes == 1 and (held < 8 or (leaves_states and not chunked))
     if wide:
         block_channels = 64
     # As many registers as the recurrence needs without spilling, and no more.
@@ -363,7 +367,8 @@ def _scan_backward(
     mode = STATES_ONLY if dz is None else STATES_AND_DZ
     start = initial_state
     if chunks > 1:
-        forward_variant = _variant(states, max(1, states // 16), scan.dtype, variant.tile)
+        fewest = max(1, states // 16)
+        forward_variant = _variant(states, fewest, scan.dtype, variant.tile, chunked=True)
         start, _ = _chunk_starts(scan, forward_variant, chunk, initial_state, False)
     forward_variant = forward_variant or _plan(scan, variant.tile)[0]
     y = None if take_y is None else empty(batch, length, channels, dtype=scan.dtype)
@@ -557,9 +562,9 @@ def instantiations() -> list[tuple[str, str]]:
     """Return (source, kernel name) of the specialised kernels, for CI to compile."""
     kernels = [("selective_scan", "selective_scan_carry_kernel")]
 
-    def add(states, lanes, dtype, directions, mode, steps=0):
+    def add(states, lanes, dtype, directions, mode, steps=0, chunked=False):
         tile = None if mode == OUTPUT else _backward_variant(states, dtype).tile
-        variant = _variant(states, lanes, dtype, tile)
+        variant = _variant(states, lanes, dtype, tile, chunked)
         for vector in (True, False):
             name = _forward_kernel(variant, directions, mode, True, vector, dtype, steps)
             kernels.append(("selective_scan", name))
@@ -578,8 +583,10 @@ def instantiations() -> list[tuple[str, str]]:
             add(16, lanes, dtype, 2, OUTPUT)
             add(16, lanes, dtype, 2, STATES_AND_DZ)
         add(16, 1, dtype, 2, STATES_ONLY)
+        add(16, 1, dtype, 2, STATES_ONLY, chunked=True)
+        add(16, 1, dtype, 2, STATES_AND_DZ, chunked=True)
     for lanes in (1, 2, 4, 8, 16):
         add(16, lanes, torch.bfloat16, 2, OUTPUT_OVER_U, steps=2)
     add(16, 1, torch.float32, 2, OUTPUT_OVER_U)
     add(16, 8, torch.bfloat16, 2, OUTPUT, steps=4)  # the most that shared memory has to hold
-    return kernels
+    return list(dict.fromkeys(kernels))
