@@ -54,14 +54,14 @@ def flops(
 
 
 def _all_steps_at_once(
-    network: nn.RNNBase, tokens: Tensor | PackedSequence, state: object = None
+    network: nn.RNNBase, tokens: Tensor | PackedSequence, hx: object = None
 ) -> tuple:
     """Do the products of a recurrent network for all tokens together, on the meta device.
 
     PyTorch goes through them one by one: half a minute for 197 tokens and 24 layers.
     """
     if isinstance(tokens, PackedSequence):
-        return type(network).forward(network, tokens, state)
+        return type(network).forward(network, tokens, hx)
     directions = 1 + network.bidirectional
     features = network.proj_size or network.hidden_size
     for weight in network.parameters():
