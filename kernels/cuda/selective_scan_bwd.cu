@@ -5,7 +5,8 @@
 // gradient of z. A block takes the tiles of one direction and CH channels from the last in scan
 // order to the first: it recomputes the states of the tile from the saved one, keeps them in
 // registers, with the decays of the last KEPT tokens, and runs the adjoint recurrence over them in
-// reverse.
+// reverse. What a tile needs and no state is worked out while the tile after it is finished: both are
+// long chains for each number, which fill each other's gaps.
 //
 // Where sequences are few and long, a block takes one chunk of the tokens: the kernel runs once with
 // CARRY, for the gradient of the state before each chunk if nothing came from behind it, then a carry
@@ -89,7 +90,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     struct Team {
         alignas(16) float4 steps[T / 2][TEAM_CH];      // delta, du; delta, du of the next token
         alignas(16) float2 g[T / 2][TEAM_CH];
-        // For stage 5: two channels of a token, then of the next; slopes of delta by dt.
+        // For stage 4: two channels of a token, then of the next; slopes of delta by dt.
         alignas(16) float4 deltas[T / 2][TEAM_CH / 2], slopes[T / 2][TEAM_CH / 2];
         alignas(16) float2 sums[PARTS][T][TEAM_CH];     // <dh, B>, <A2, dh * a * h>
         // Registers are dear: of two channels dt_bias and D; a thread's sums of their gradients.
@@ -403,9 +404,9 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
 
         // Stage 1: ask for the tile before this one.
         if (step > 0) prefetch(step - 1);
-        if constexpr (CARRY) commit_copies();
 
         if constexpr (CARRY) {
+            commit_copies();
 #pragma unroll
             for (int t = T - 1; t >= 0; --t) {
                 float b[NS], c[NS];
