@@ -1,5 +1,9 @@
 """The CUDA backend without a GPU: the cases of its GPU tests that `cuda_on_cpu` can run quickly."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ from .cases import Shape
 pytestmark = pytest.mark.skipif(
     cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing())
 )
+REPOSITORY = Path(__file__).parents[2]
 DTYPES = [pytest.param(torch.float32, id="f32"), pytest.param(torch.bfloat16, id="bf16")]
 
 
@@ -126,6 +131,60 @@ def test_a_missing_wait_shows(lines, tmp_path, monkeypatch):
     cuda_on_cpu.use(monkeypatch, tmp_path)
     with pytest.raises(AssertionError, match="too far from the truth"):
         scans.test_both_directions(Shape(2, 40, 72, N=16), ("D", "z", "dt_bias"), torch.bfloat16)
+
+
+OUTSIDE = """
+__global__ void store_kernel(float *x, long long at) { x[at] = 1.f; }
+"""
+STORE = """
+import sys, torch
+from pathlib import Path
+from tests.ops import cuda_on_cpu
+
+folder, at = Path(sys.argv[1]), int(sys.argv[2])
+kernel = cuda_on_cpu.Kernel(folder, "outside", "store_kernel")
+cuda_on_cpu.launch(kernel, (1, 1, 1), (1, 1, 1), 0, torch.zeros(8), at)
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized():
+    environment = cuda_on_cpu.with_address_sanitizer()
+    if environment is None:
+        pytest.skip("g++ has no AddressSanitizer here")
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(("at", "code"), [(7, 0), (8, 1)])
+def test_a_store_outside_of_a_tensor_stops(at, code, tmp_path, sanitized):
+    (tmp_path / "outside.cu").write_text(OUTSIDE)
+    done = sanitized("-c", STORE, str(tmp_path), str(at))
+    assert done.returncode == code, done.stderr
+    assert ("heap-buffer-overflow" in done.stderr) == (code == 1)
+
+
+def test_kernels_stay_within_their_tensors(sanitized):
+    """Odd sizes of all kernels, in a process of their own."""
+    names = [
+        "B1-L9-D65-N16-torch.bfloat16",
+        "37-40-bf16",
+        "in_chunks",
+        "projection[B2-L5-D6-N3-bf16",
+    ]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-s", "-k", " or ".join(names)]
+    done = sanitized("-m", "pytest", *options, __file__)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "4 passed" in done.stdout
 
 
 def test_unknown_assembly_is_refused():

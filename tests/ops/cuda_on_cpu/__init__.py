@@ -7,6 +7,7 @@ What is written in PTX stands in few functions of the kernels, which get a body 
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import shutil
 import struct
@@ -21,6 +22,8 @@ from vim.ops.cuda import _compile, add_norm, bidirectional_mixer, causal_conv1d,
 
 HERE = Path(__file__).parent
 PROCESSORS = 2
+FLAGS = "CUDA_ON_CPU_FLAGS"
+"""Environment variable with more options for g++."""
 
 MMA = "mma.sync.aligned.m16n8k8.row.col.f32"
 # PTX, and what stands for it on a CPU.
@@ -75,6 +78,7 @@ class Kernel:
             )
             flags = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-w"]
             flags += ["-shared", "-fPIC", f"-I{folder}", f"-I{HERE}"]
+            flags += os.environ.get(FLAGS, "").split()
             subprocess.run(["g++", *flags, program, "-o", library], check=True)
         self.start = ctypes.CDLL(library).run
 
@@ -101,6 +105,27 @@ def missing() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"fibers by ucontext.h are for Linux, this is {sys.platform}"
     return None if shutil.which("g++") else "g++ is not installed"
+
+
+def with_address_sanitizer() -> dict[str, str] | None:
+    """Return the environment of a process in which kernels stop at an access outside of a tensor.
+
+    None where g++ lacks the library.
+    """
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = ["g++", f"-print-file-name={name}"]
+        libraries += subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.split()
+        if not Path(libraries[-1]).is_absolute():  # g++ repeats the name of what it does not find
+            return None
+    return {
+        **os.environ,
+        FLAGS: "-fsanitize=address",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
 
 
 def use(monkeypatch, folder: Path) -> None:
