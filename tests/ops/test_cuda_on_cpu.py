@@ -174,7 +174,7 @@ def test_a_store_outside_of_a_tensor_stops(at, code, tmp_path, sanitized):
 
 
 def test_kernels_stay_within_their_tensors(sanitized):
-    """Odd sizes of all kernels, in a process of their own."""
+    """Odd sizes of scan, convolution and mixer, in a process of their own."""
     names = [
         "B1-L9-D65-N16-torch.bfloat16",
         "37-40-bf16",
