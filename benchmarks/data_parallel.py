@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vim  # noqa: F401, registers the models
 from vim.engine.training_graph import TrainingGraph
 
-STEPS, WARM_UP = 20, 6
+STEPS, REPEATS, WARM_UP = 10, 3, 6
 
 
 class Graphed(nn.Module):
@@ -43,28 +43,33 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        model = DistributedDataParallel(model, device_ids=[device.index])
+        # Without the view each gradient would be copied back from where the processes add them up.
+        model = DistributedDataParallel(
+            model, device_ids=[device.index], gradient_as_bucket_view=True
+        )
     torch.cuda.current_stream().wait_stream(side)
     return model
 
 
 def step_ms(model, images, labels) -> float:
-    """Return the median time of a step in ms."""
+    """Return the median time of a step in ms, of some back to back, over a few repeats."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    times = []
-    for i in range(STEPS + WARM_UP):
+
+    def steps(count):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        optimizer.step()
+        for _ in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(model(images).float(), labels)
+            loss.backward()
+            optimizer.step()
         end.record()
         end.synchronize()
-        if i >= WARM_UP:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        return start.elapsed_time(end) / count
+
+    steps(WARM_UP)
+    return statistics.median(steps(STEPS) for _ in range(REPEATS))
 
 
 def main():

@@ -178,6 +178,29 @@ __device__ __forceinline__ float fast_softplus(float x) {
   return fmaxf(x, 0.0f) + log1p_e;
 }
 
+// ---- copies to shared memory that a thread waits for later
+
+// Read 4, 8 or 16 bytes; what is not valid is filled with zeros.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? BYTES : 0;
+  if constexpr (BYTES == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global),
+                 "r"(bytes), "n"(BYTES)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // ---- reductions
 
 // The sum over the lanes of a warp, in every lane.
@@ -189,38 +212,46 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // The second stage of a deterministic sum: the blocks of a kernel leave one row of float32 each.
 //
-// partials: (rows, gridDim.y, first + second). Column sums go to outputs, which lie by gridDim.y:
-// `firsts` (gridDim.y, first) and `seconds` (gridDim.y, second), one of which may be null.
-// Block: (32, 32); grid: (ceil((first + second) / 32), directions).
+// partials: (rows, gridDim.y, columns), columns side by side: the sum of sizes. Sums of the first sizes[0] columns go to outputs[0],
+// which is (gridDim.y, sizes[0]), of the next to outputs[1], and so on.
+// Block: (32, up to SUM_PARTIALS_LANES, which share the rows); grid: (ceil(columns / 32), directions).
+constexpr int SUM_OUTPUTS = 4;
+
 struct SumPartials {
   const float* partials;
-  void* firsts;
-  void* seconds;
-  int64 rows, first, second;
+  int64 rows, row_stride, direction_stride;
+  void* outputs[SUM_OUTPUTS];
+  int64 sizes[SUM_OUTPUTS];
 };
 
 constexpr int SUM_PARTIALS_LANES = 32;
 
 template <typename T>
-__global__ void __launch_bounds__(32 * SUM_PARTIALS_LANES) sum_partials_kernel(SumPartials p) {
+__global__ void __launch_bounds__(32 * SUM_PARTIALS_LANES)
+    sum_partials_kernel(const __grid_constant__ SumPartials p) {
   __shared__ float sums[SUM_PARTIALS_LANES][32];
-  const int64 columns = p.first + p.second;
-  const int64 column = blockIdx.x * 32ll + threadIdx.x;
+  int64 columns = 0;
+#pragma unroll
+  for (int i = 0; i < SUM_OUTPUTS; ++i) columns += p.sizes[i];
+  int64 column = blockIdx.x * 32ll + threadIdx.x;
+  const bool there = column < columns;
   float sum = 0.0f;
-  if (column < columns) {
-    const int64 stride = gridDim.y * columns;
-    const float* at = p.partials + blockIdx.y * columns + column;
+  if (there) {
+    const float* at = p.partials + blockIdx.y * p.direction_stride + column;
 #pragma unroll 8
-    for (int64 row = threadIdx.y; row < p.rows; row += SUM_PARTIALS_LANES) sum += at[row * stride];
+    for (int64 row = threadIdx.y; row < p.rows; row += blockDim.y) {
+      sum += at[row * p.row_stride];
+    }
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || column >= columns) return;
+  if (threadIdx.y != 0 || !there) return;
+  for (int i = 1; i < blockDim.y; ++i) sum += sums[i][threadIdx.x];
 #pragma unroll
-  for (int i = 1; i < SUM_PARTIALS_LANES; ++i) sum += sums[i][threadIdx.x];
-  if (column < p.first) {
-    static_cast<T*>(p.firsts)[blockIdx.y * p.first + column] = from_float<T>(sum);
-  } else if (p.seconds != nullptr) {
-    static_cast<T*>(p.seconds)[blockIdx.y * p.second + column - p.first] = from_float<T>(sum);
+  for (int i = 0; i < SUM_OUTPUTS; ++i) {
+    if (column >= 0 && column < p.sizes[i]) {
+      static_cast<T*>(p.outputs[i])[blockIdx.y * p.sizes[i] + column] = from_float<T>(sum);
+    }
+    column -= p.sizes[i];
   }
 }

@@ -62,26 +62,6 @@ __device__ __forceinline__ float softplus(float x) {
     return softplus(x, softplus_exponential<scalar_t>(x));
 }
 
-// Read 4, 8 or 16 bytes; what is not valid is filled with zeros.
-template <int BYTES>
-__device__ __forceinline__ void copy_async(void *shared, const void *global, bool valid) {
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    const int bytes = valid ? BYTES : 0;
-    if constexpr (BYTES == 16)  // past the first-level cache
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-                     "r"(bytes)
-                     : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global),
-                     "r"(bytes), "n"(BYTES)
-                     : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 // Sum each of COUNT values over LANES lanes, STRIDE apart, of which this one is number s.
 // Afterwards lane s holds, in the first max(1, COUNT / LANES) places, the sums of values
 // s * COUNT / LANES onwards: every step halves both the values that a lane still looks after and the

@@ -665,3 +665,24 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
         }
     }
 }
+
+// The blocks' partial sums of dB and dC, added up in their order: (P, rows, width) to rows of `width`
+// scalar_t, `stride` apart. A thread sees to two of them, `width` being even.
+template <typename scalar_t>
+__global__ void __launch_bounds__(256)
+sum_dBC_kernel(const float *dBC, void *out, long long blocks, long long rows, long long width,
+               long long stride) {
+    const long long pairs = rows * (width / 2);
+    const long long i = blockIdx.x * 256ll + threadIdx.x;
+    if (i >= pairs) return;
+    float2 sum = {};
+    const float2 *from = reinterpret_cast<const float2 *>(dBC) + i;
+#pragma unroll 4
+    for (int block = 0; block < static_cast<int>(blocks); ++block, from += pairs) {
+        const float2 more = *from;
+        sum.x += more.x, sum.y += more.y;
+    }
+    const long long row = i / (width / 2);
+    const float both[2] = {sum.x, sum.y};
+    store(static_cast<scalar_t *>(out) + row * stride + (i - row * (width / 2)) * 2, both);
+}

@@ -111,6 +111,19 @@ def test_mixer_with_the_output_projection(name, dtype):
     mixers.check(shape, dtype, Emulated, mixers.make_out(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 75, 64, 16, 3, 4), (1, 200, 128, 16, 24, 4), (5, 7, 64, 4, 1, 2)], ids=str
+)
+def test_gradients_of_a_mixer_at_once(shape, dtype, monkeypatch):
+    """Several segments a sequence, several sequences a block; ranks of which rows are no result."""
+    mixer, used = cuda_on_cpu.bidirectional_mixer, []
+    at_once = mixer._gradients_at_once
+    monkeypatch.setattr(mixer, "_gradients_at_once", lambda *a: used.append(at_once(*a)) or used[0])
+    mixers.check(shape, dtype, Emulated)
+    assert used
+
+
 WAITS = {
     "copy": "        if constexpr (HAS_Y) wait_copies<1>();",
     "barrier": "        __syncthreads();\n        write_dBC(step);",

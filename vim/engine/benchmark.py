@@ -1,7 +1,9 @@
 """Speed and memory of timm models side by side: inference and training steps.
 
 Models that are compared are timed in turn, repeat by repeat, so that a drift of the clock meets all
-alike; figures are medians over the repeats.
+alike; figures are medians over the repeats. Latency is that of single steps, each waited for;
+throughput is that of steps back to back, of which the host prepares one while the device works on
+another, as in training.
 """
 
 import contextlib
@@ -138,7 +140,7 @@ def benchmark(
     Args:
         device: of models and images.
         repeats: of each case.
-        seconds: that a repeat lasts, at least one step.
+        seconds: that a repeat lasts, half of them for single steps; at least one of either.
         on_result: called with each result as soon as there is one.
         patience: seconds; a case whose step takes longer is skipped.
 
@@ -242,10 +244,11 @@ class _Run:
             with self._skipping():
                 self.step()
                 times = []
-                while sum(times) < seconds * 1e3:
+                while sum(times) < seconds / 2 * 1e3:
                     times.append(_time_ms(self.step, self.device))
                 self.latencies += times
-                self.throughputs.append(1e3 * self.case.batch_size / statistics.median(times))
+                together = _time_ms(self.step, self.device, len(times))
+                self.throughputs.append(1e3 * self.case.batch_size / together)
 
     def result(self) -> Result:
         if self.skipped is not None:
@@ -331,17 +334,20 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     return graph.replay
 
 
-def _time_ms(step: Callable[[], object], device: torch.device) -> float:
+def _time_ms(step: Callable[[], object], device: torch.device, steps: int = 1) -> float:
+    """Return the mean time of a step, of so many back to back."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
+        begun = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return (time.perf_counter() - begun) * 1e3 / steps
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    step()
+    for _ in range(steps):
+        step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / steps
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:

@@ -18,14 +18,24 @@ from pathlib import Path
 import torch
 
 from vim._sources import kernel_sources
-from vim.ops.cuda import _compile, add_norm, bidirectional_mixer, causal_conv1d, selective_scan
+from vim.ops.cuda import (
+    _compile,
+    _sums,
+    add_norm,
+    bidirectional_mixer,
+    causal_conv1d,
+    selective_scan,
+)
 
 HERE = Path(__file__).parent
 PROCESSORS = 2
+SHARED_BYTES = 99 << 10  # of a block
 FLAGS = "CUDA_ON_CPU_FLAGS"
 """Environment variable with more options for g++."""
 
 MMA = "mma.sync.aligned.m16n8k8.row.col.f32"
+MMA_16 = "mma.sync.aligned.m16n8k16.row.col.f32"
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4"
 # PTX, and what stands for it on a CPU.
 PTX = {
     "ex2.approx": "y = device::exp2_approx(x);",
@@ -34,6 +44,10 @@ PTX = {
     f"{MMA}.bf16": "device::multiply_halves(__nv_bfloat16(), d, a, b);",
     f"{MMA}.f16": "device::multiply_halves(__half(), d, a, b);",
     f"{MMA}.tf32": "device::multiply_tf32(d, a, b, c);",
+    f"{MMA_16}.bf16": "device::multiply_halves(__nv_bfloat16(), d, a, b0, b1);",
+    f"{MMA_16}.f16": "device::multiply_halves(__half(), d, a, b0, b1);",
+    f"{LDMATRIX}.shared": "device::load_matrices<false>(words, row);",
+    f"{LDMATRIX}.trans": "device::load_matrices<true>(words, row);",
     "bar.sync 1": "device::wait_for_some(1, TEAM);",
     "bar.sync 2": "device::wait_for_some(2, TEAM);",
     "cvt.rn.f32.f64": "scale = static_cast<float>(p.scale);",
@@ -60,7 +74,12 @@ def without_ptx(source: str) -> str:
         if ptx and not bodies:
             raise ValueError(f"nothing stands for {ptx!r} on a CPU: add it to PTX")
         parts.append(bodies[0] if ptx else "")  # without any, it keeps a value in a register
-    return "".join([*parts, source[end:]])
+    # Shared memory whose size the launch says: as much as a block may have.
+    return re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];",
+        rf"static \1 \2[{SHARED_BYTES} / sizeof(\1)];",
+        "".join([*parts, source[end:]]),
+    )
 
 
 class Kernel:
@@ -141,8 +160,9 @@ def use(monkeypatch, folder: Path) -> None:
             if not target.exists() or target.read_text() != text:
                 target.write_text(text)
     kernel = functools.cache(lambda source, name, device: Kernel(folder, source, name))
-    for module in (_compile, add_norm, bidirectional_mixer, causal_conv1d, selective_scan):
-        monkeypatch.setattr(module, "unavailable", lambda device, dtype: None)
+    for module in (_compile, _sums, add_norm, bidirectional_mixer, causal_conv1d, selective_scan):
+        monkeypatch.setattr(module, "unavailable", lambda device, dtype: None, raising=False)
         monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "get_kernel", kernel)
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS, raising=False)
+        monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_BYTES, raising=False)

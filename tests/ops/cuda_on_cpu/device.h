@@ -155,6 +155,26 @@ template <class T> void multiply_halves(T type, float (&d)[4], const unsigned (&
         });
 }
 
+// m16n8k16: the products of the first eight k and of the last.
+template <class T> void multiply_halves(T type, float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                        unsigned b1) {
+    multiply_halves(type, d, {a[0], a[1]}, b0);
+    multiply_halves(type, d, {a[2], a[3]}, b1);
+}
+template <bool TRANSPOSED> void load_matrices(unsigned (&words)[4], const void *row) {
+    give(row);
+    for (int i = 0; i < 4; ++i) {
+        std::uint16_t pair[2];
+        for (int j = 0; j < 2; ++j) {
+            int from = lane() / 4, at = 2 * (lane() % 4) + j;
+            if (TRANSPOSED) std::swap(from, at);
+            std::memcpy(&pair[j], given_by<const std::uint16_t *>(8 * i + from) + at, 2);
+        }
+        std::memcpy(&words[i], pair, 4);
+    }
+    wait_for_warp();  // nobody writes before all have read
+}
+
 inline void copy_async(void *to, const void *from, int bytes, bool valid) {
     current->copies.push_back({to, from, bytes, valid, current->groups});
 }

@@ -106,6 +106,12 @@ def multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+@functools.cache
+def shared_memory(device_index: int) -> int:
+    """Return how many bytes of shared memory a block of the device may have, if it asks."""
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
 class Kernel:
     """A kernel loaded for one device; made by `get_kernel`, started by `launch`."""
 
@@ -145,6 +151,8 @@ class Kernel:
         if key not in self._resident:
             with torch.cuda.device(self.device_index):
                 self.set_current()
+                if shared_bytes > self.shared_limit:
+                    self._raise_shared_limit(shared_bytes)
                 occupancy = self._kernel.occupancy
                 blocks = occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes)
             self._resident[key] = blocks * multiprocessors(self.device_index)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ._compile import DTYPES, get_kernel, launch, unavailable
+from ._sums import sum_kernel, sum_partials
 
 __all__ = ["backward", "forward", "instantiations", "unavailable"]
 
 _SOURCE = "add_norm"
 _WARPS = 4
 _ANY_THREADS = 256
-_SUM_LANES = 32
-_SUM_NAME = "sum_partials_kernel<float>"
 
 
 def forward(x, residual, weight, bias, eps, kind, residual_dtype):
@@ -93,7 +92,7 @@ def backward(dnormed, dnew_residual, new_residual, rstd, weight, x_dtype, kind, 
         chunks = min(rows, 256)
         grid, block = (rows, 1, 1), (_ANY_THREADS, 1, 1)
         mean = rstd.new_empty(rows) if kind == "layer" else None
-    partials = rstd.new_empty(chunks, columns)
+    partials = rstd.new_empty(chunks, 1, columns)
     arguments = (
         dnormed,
         dnew_residual,
@@ -115,20 +114,8 @@ def backward(dnormed, dnew_residual, new_residual, rstd, weight, x_dtype, kind, 
         name = _columns_name(dtypes, kind, has_bias)
         grid = (-(-features // _ANY_THREADS), chunks, 1)
         launch(get_kernel(_SOURCE, name, index), grid, block, 0, *arguments)
-    dweight = rstd.new_empty(features)
-    dbias = rstd.new_empty(features) if has_bias else None
-    launch(
-        get_kernel(_SOURCE, _SUM_NAME, index),
-        (-(-columns // 32), 1, 1),
-        (32, _SUM_LANES, 1),
-        0,
-        partials,
-        dweight,
-        dbias,
-        chunks,
-        features,
-        columns - features,
-    )
+    sums = sum_partials(_SOURCE, partials, [(features,)] * (1 + has_bias), torch.float32)
+    dweight, dbias = sums[0][0], sums[1][0] if has_bias else None
     return dx, dresidual, dweight, dbias
 
 
@@ -208,5 +195,5 @@ def instantiations() -> list[tuple[str, str]]:
             _bwd_name((half, full, full), 1, 0, kind, True),
             _columns_name((half, full, full), kind, True),
         ]
-    names.append(_SUM_NAME)
+    names.append(sum_kernel(torch.float32))
     return [(_SOURCE, name) for name in names]

@@ -5,12 +5,14 @@ up to a multiple of eight, M = P + 2 N.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from ._compile import DTYPES, contiguous, get_kernel, launch, unavailable
+from ._compile import DTYPES, contiguous, get_kernel, launch, shared_memory, unavailable
+from ._sums import sum_kernel, sum_partials
 
 __all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"]
 
@@ -18,6 +20,11 @@ LENDS_Y = True
 """See `vim.ops.bidirectional_mixer._lends_y`."""
 
 _VALUES_A_BLOCK = 512
+
+# Of mixer_gradients.cu.
+_CHANNELS, _THREADS, _PITCH = 64, 256, 72
+_MOST_SUMS = 96  # rows of its two sums over tokens; more take too many registers
+_SEGMENT = 64  # tokens, at least
 
 
 class _Weights:
@@ -135,26 +142,108 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
     weights, u = _inputs(x, forward_branch, backward_branch)
-    rank, padded = weights.rank, weights.padded_rank
+    padded = weights.padded_rank
     _, dt, *inputs = weights.scan_inputs(u, projected)
     dt = _product(dt, weights.dt_proj)
-    du, ddt, dA, dB, dC, dD, _, ddt_bias = selective_scan.backward_bidirectional(
+    dprojected = torch.empty_like(projected)
+    du, ddt, dA, _, _, dD, _, ddt_bias = selective_scan.backward_bidirectional(
         *(dy.to(xz.dtype), u, dt, *inputs, z, weights.dt_bias, merge_scale),
         dz=dz,
         take_y=take_y,
         overwrite_dt=True,
+        dBC=dprojected[..., padded:],
     )
-    ddt_rank = _product(ddt, weights.dt_proj.mT)
-    dprojected = torch.cat([ddt_rank, dB.to(ddt.dtype), dC.to(ddt.dtype)], dim=-1).flatten(1, 2)
+    ddt_rank = dprojected.flatten(1, 2)[..., :padded]
+    torch.bmm(ddt.flatten(1, 2), weights.dt_proj, out=ddt_rank)
+    products = (x, u, du, ddt, dprojected, projected)
+    finish = _gradients_at_once if _serves(weights, x) else _gradients_one_by_one
+    gradients = finish(weights, dx, *products)
+    return [dxz, *gradients, ddt_bias, weights.A * dA, dD]  # A is its own derivative by A_log
+
+
+def _gradients_one_by_one(weights: _Weights, dx, x, u, du, ddt, dprojected, projected):
+    """Write dx; return the gradients of convolutions (weight, bias), x_proj and dt_proj.
+
+    Args:
+        du: (2, B, L, D) by the scans alone, which is overwritten.
+        ddt: (2, B, L, D) of what dt_proj returns.
+        dprojected, projected: (2, B, L, M).
+    """
+    rank, padded = weights.rank, weights.padded_rank
+    rows = dprojected.flatten(1, 2)
     ddt_proj = torch.bmm(ddt.flatten(1, 2).mT, projected[..., :padded].flatten(1, 2))
-    dx_proj = torch.bmm(dprojected.mT, u.flatten(1, 2))
+    dx_proj = torch.bmm(rows.mT, u.flatten(1, 2))
     if padded != rank:
         ddt_proj = ddt_proj[..., :rank]
         dx_proj = torch.cat([dx_proj[:, :rank], dx_proj[:, padded:]], dim=1)
-    du.flatten(1, 2).baddbmm_(dprojected, weights.x_proj)
+    du.flatten(1, 2).baddbmm_(rows, weights.x_proj)
     _, dconv, dconv_bias = causal_conv1d.backward_bidirectional(du, x, *weights.conv, dx=dx)
-    dA_log = weights.A * dA  # A = -exp(A_log) is its own derivative
-    return [dxz, dconv, dconv_bias, dx_proj, ddt_proj, ddt_bias, dA_log, dD]
+    return dconv, dconv_bias, dx_proj, ddt_proj
+
+
+def _serves(weights: _Weights, x: Tensor) -> bool:
+    """Whether mixer_gradients.cu serves these sizes, in less time than one by one."""
+    width = weights.x_proj.shape[1]
+    row = x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)
+    return (
+        x.dtype.itemsize == 2
+        and weights.conv[0].shape[1] in (2, 3, 4)
+        and x.shape[2] % _CHANNELS == 0
+        and width % 8 == 0
+        and _sixteens(width) + _sixteens(weights.padded_rank) <= _MOST_SUMS
+        and row % 16 == 0
+        and x.stride(2) == 1
+    )
+
+
+def _gradients_at_once(weights: _Weights, dx, x, u, du, ddt, dprojected, projected):
+    """`_gradients_one_by_one`, by one kernel that works u out again and leaves du as it is."""
+    batch, length, channels = x.shape
+    conv = [contiguous(t, torch.float32) for t in weights.conv]
+    width, taps = weights.x_proj.shape[1], conv[0].shape[1]
+    rank, padded = weights.rank, weights.padded_rank
+    limit = shared_memory(x.device.index)
+    name, shared = _gradients_kernel(x.dtype, taps, width, padded, limit)
+    kernel = get_kernel("mixer_gradients", name, x.device.index)
+    columns = channels // _CHANNELS
+    wanted = max(1, kernel.resident_blocks(_THREADS, shared) // columns)
+    segments = max(1, min(wanted // batch, length // _SEGMENT))
+    tokens = -(-length // segments)
+    segments = -(-length // tokens)
+    block_segments = -(-batch * segments // wanted)
+    rows = -(-batch * segments // block_segments)
+    shapes = [(channels, taps), (channels,), (rank + width - padded, channels), (channels, rank)]
+    partials = x.new_empty(rows, 2, sum(map(math.prod, shapes)), dtype=torch.float32)
+    launch(
+        kernel,
+        (columns, rows, 1),
+        (_THREADS, 1, 1),
+        shared,
+        *(x, du, ddt, dprojected, projected, weights.x_proj, conv[0], conv[2], conv[1], conv[3]),
+        *(dx, partials, batch, length, channels, rank, partials.shape[2]),
+        *(x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), tokens, segments, block_segments),
+    )
+    return sum_partials("mixer_gradients", partials, shapes, torch.float32)
+
+
+def _sixteens(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+@functools.cache
+def _gradients_kernel(
+    dtype, taps: int, width: int, padded: int, limit: int = 1 << 20
+) -> tuple[str, int]:
+    """Return the kernel's name, and its bytes of shared memory: `SharedMemory` in the source."""
+    for tokens in (32, 16):
+        row = 2 * _PITCH + _sixteens(width) + 8 + _sixteens(padded) + 8
+        tile = 2 * tokens * row + (tokens + taps - 1) * _PITCH
+        shared = 2 * (2 * tile + 2 * _sixteens(width) * _PITCH)
+        shared += 4 * 2 * _CHANNELS * (tokens + taps - 1 + taps + 1)
+        if shared <= limit:
+            break
+    arguments = f"{DTYPES[dtype]}, {taps}, {width}, {padded}, {tokens}, {shared}"
+    return f"mixer_gradients_kernel<{arguments}>", shared
 
 
 def instantiations() -> list[tuple[str, str]]:
@@ -162,4 +251,9 @@ def instantiations() -> list[tuple[str, str]]:
     half, full = torch.bfloat16, torch.float32
     kinds = [(full, full, 4, 4, full), (half, full, 4, 4, full), (half, half, 4, 4, half)]
     kinds += [(torch.float16, full, 4, 4, full), (half, full, 4, 1, half)]
-    return [("mixer_inputs", _inputs_kernel(*kind)) for kind in kinds]
+    kernels = [("mixer_inputs", _inputs_kernel(*kind)) for kind in kinds]
+    sizes = [(half, 4, 48, 16), (half, 4, 56, 24), (torch.float16, 4, 56, 24), (half, 2, 24, 8)]
+    sizes.append((half, 4, 56, 24, 99 * 1024))  # of GPUs with less shared memory
+    kernels += [("mixer_gradients", _gradients_kernel(*size)[0]) for size in sizes]
+    kernels.append(("mixer_gradients", sum_kernel(full)))
+    return kernels

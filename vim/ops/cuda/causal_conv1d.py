@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._compile import DTYPES, contiguous, get_kernel, launch, multiprocessors, unavailable
+from ._sums import sum_kernel, sum_partials
 
 __all__ = [
     "backward",
@@ -28,7 +29,6 @@ BLOCK = (_LANES, _ROWS, 1)
 _MOST_ROWS = 60_000  # of blocks; a grid may have 65,535
 _FWD_STEPS, _BWD_STEPS = (24, 16, 8), (64, 32, 16, 8)
 _THREADS = 320  # a multiprocessor, at least
-_SUM_LANES = 32
 
 
 def forward(x, weight, bias, initial_state, activation, reverse):
@@ -202,20 +202,8 @@ def _backward(dys, x, branches, activation, directions, dx, accumulate, states):
         segments,
         accumulate,
     )
-    dweight = weight.new_empty(count, channels, width)
-    dbias = weight.new_empty(count, channels)
-    launch(
-        get_kernel(_SOURCE, _sum_name(weight.dtype), x.device.index),
-        (-(-channels * (width + 1) // 32), count, 1),
-        (32, _SUM_LANES, 1),
-        0,
-        partials,
-        dweight,
-        dbias,
-        blocks[1],
-        channels * width,
-        channels,
-    )
+    shapes = [(channels, width), (channels,)]
+    dweight, dbias = sum_partials(_SOURCE, partials, shapes, weight.dtype)
     return dweight, dbias
 
 
@@ -288,10 +276,6 @@ def _bwd_name(dtype, weight_dtype, width, vector, directions, silu, states) -> s
     return f"causal_conv1d_bwd_kernel<{arguments}, {str(silu).lower()}, {str(states).lower()}>"
 
 
-def _sum_name(dtype) -> str:
-    return f"sum_partials_kernel<{DTYPES[dtype]}>"
-
-
 def _check_width(width: int):
     if width > _WIDEST:
         raise RuntimeError(
@@ -323,5 +307,5 @@ def instantiations() -> list[tuple[str, str]]:
             _fwd_name(half, full, width, 4, _FORWARD, True, False),
             _bwd_name(half, full, width, 4, _FORWARD, True, False),
         ]
-    names += [_sum_name(dtype) for dtype in (full, half)]
+    names += [sum_kernel(dtype) for dtype in (full, half)]
     return [(_SOURCE, name) for name in names]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._compile import DTYPES, get_kernel, launch, multiprocessors, unavailable
+from ._sums import sum_kernel, sum_partials
 
 __all__ = [
     "backward",
@@ -343,6 +344,7 @@ def _scan_backward(
     chunk=None,
     take_y=None,
     overwrite_dt=False,
+    dBC=None,
 ):
     """Return du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state, with a row a direction.
 
@@ -350,6 +352,7 @@ def _scan_backward(
     gradient of z; then the adjoint one. Either is cut into chunks where sequences are few and long.
     `dz` is where to write that gradient, if not to new memory; `take_y` gets the output once more.
     With `overwrite_dt` ddt lies where dt was: a block has read a tile before it writes there.
+    `dBC` is where to write dB and dC, see `backward_bidirectional`.
     """
     states = _rounded_states(scan.states)
     variant = variant or _backward_variant(states, scan.dtype)
@@ -401,15 +404,34 @@ def _scan_backward(
         dend, before = dend_, None
     du = empty(dirs, batch, length, channels, dtype=scan.dtype)
     ddt = scan.dt if overwrite_dt and scan.dt.is_contiguous() else torch.empty_like(du)
-    dBC = empty(blocks, dirs, batch, length, scan.groups, 2, scan.states)
+    partials = empty(blocks, dirs, batch, length, scan.groups * 2 * scan.states)
     dparameters = empty(dirs, batch * chunks, channels * (scan.states + 2))
-    adjoint(dend, before, du, ddt, dBC, dparameters)
-    dBC = dBC.sum(0) if blocks > 1 else dBC[0]
-    dB, dC = dBC.unbind(-2)
-    dA, dD, dbias = dparameters.sum(1).split((channels * scan.states, channels, channels), 1)
-    dA = dA.unflatten(1, (channels, scan.states))
-    # An op's outputs must not share memory.
-    return du, ddt, dA, dB, dC, dD.clone(), dz, dbias.clone(), dstart
+    adjoint(dend, before, du, ddt, partials, dparameters)
+    dBC = empty(*partials.shape[1:]) if dBC is None else dBC
+    _sum_dBC(partials, dBC)
+    dB, dC = dBC.unflatten(-1, (scan.groups, 2, scan.states)).unbind(-2)
+    dA, dD, dbias = sum_partials(
+        *("selective_scan_bwd", dparameters.transpose(0, 1)),
+        *([(channels, scan.states), (channels,), (channels,)], torch.float32),
+    )
+    return du, ddt, dA, dB, dC, dD, dz, dbias, dstart
+
+
+def _sum_dBC(partials: Tensor, dBC: Tensor) -> None:
+    """Write the sums over the first dimension of `partials` to the rows of `dBC`."""
+    width, threads = dBC.shape[-1], 256
+    rows = dBC.numel() // width
+    launch(
+        get_kernel("selective_scan_bwd", _sum_dBC_kernel(dBC.dtype), dBC.device.index),
+        (-(-rows * width // 2 // threads), 1, 1),
+        (threads, 1, 1),
+        0,
+        *(partials, dBC, len(partials), rows, width, dBC.stride(-2)),
+    )
+
+
+def _sum_dBC_kernel(dtype: torch.dtype) -> str:
+    return f"sum_dBC_kernel<{DTYPES[dtype]}>"
 
 
 def _backward_chunk(scan: _Scan, variant: BackwardVariant) -> int:
@@ -530,6 +552,7 @@ def backward_bidirectional(
     dz: Tensor | None = None,
     take_y: Callable[[Tensor], None] | None = None,
     overwrite_dt: bool = False,
+    dBC: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of `forward_bidirectional`'s eight tensors, in their shapes.
 
@@ -543,10 +566,12 @@ def backward_bidirectional(
         take_y: is called with the forward's result, (B, L, D), which the first pass makes once
             more; for inputs of one dtype.
         overwrite_dt: whether ddt may be `dt`, which loses its values.
+        dBC: (2, B, L, 2 N) in a dtype of the kernels, rows equally far apart: where to write dB
+            and dC side by side, of one group, if not to new memory.
     """
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dy)
     du, ddt, dA, dB, dC, dD, dz, dbias, _ = _scan_backward(
-        scan, dz=dz, take_y=take_y, overwrite_dt=overwrite_dt
+        scan, dz=dz, take_y=take_y, overwrite_dt=overwrite_dt, dBC=dBC
     )
     return (
         *(du, ddt, dA, dB.view(B.shape), dC.view(C.shape)),
@@ -569,6 +594,8 @@ def instantiations() -> list[tuple[str, str]]:
             name = _forward_kernel(variant, directions, mode, True, vector, dtype, steps)
             kernels.append(("selective_scan", name))
 
+    kernels += [("selective_scan_bwd", _sum_dBC_kernel(dtype)) for dtype in DTYPES]
+    kernels.append(("selective_scan_bwd", sum_kernel(torch.float32)))
     for dtype in (torch.float32, torch.bfloat16):  # float16 compiles as bfloat16 does
         for states in (1, 8, 16, 64):
             backward = _backward_variant(states, dtype)
