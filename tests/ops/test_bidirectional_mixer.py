@@ -18,6 +18,7 @@ SHAPES = {
 GPU_SHAPES = {
     "B2-L197-D384-N16": (2, 197, 384, 16, 12, 4),
     "B1-L1000-D64-N16": (1, 1000, 64, 16, 4, 4),
+    "B90-L197-D64-N16": (90, 197, 64, 16, 4, 4),
 }
 
 
@@ -94,6 +95,27 @@ def test_output_and_every_gradient(shape, dtype, backend):
 @pytest.mark.parametrize("shape", list(SHAPES.values())[1:], ids=list(SHAPES)[1:])
 def test_with_the_output_projection(shape, bias, dtype, backend):
     check(shape, dtype, backend, make_out(shape, bias))
+
+
+def check_weights_of_half_precision(shape, dtype, backend):
+    """Weights in the dtype of xz give what float32 ones of the same values give, bit for bit."""
+    xz, *branches = make(shape, dtype)
+    halves = [[x.to(dtype) for x in branch] for branch in branches]
+    outputs = [
+        bidirectional_mixer(
+            xz.to(backend.device),
+            *([x.to(backend.device, kind) for x in branch] for branch in halves),
+            backend=backend.name,
+        )
+        for kind in (torch.float32, dtype)
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_weights_of_half_precision(shape, dtype, backend):
+    check_weights_of_half_precision(shape, dtype, backend)
 
 
 @pytest.mark.gpu

@@ -113,15 +113,19 @@ def test_mixer_with_the_output_projection(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(3, 75, 64, 16, 3, 4), (1, 200, 128, 16, 24, 4), (5, 7, 64, 4, 1, 2)], ids=str
+    "shape",
+    [(3, 75, 64, 16, 3, 4), (1, 200, 128, 16, 24, 4), (5, 7, 64, 4, 1, 2), (9, 2, 64, 4, 1, 4)],
+    ids=str,
 )
-def test_gradients_of_a_mixer_at_once(shape, dtype, monkeypatch):
-    """Several segments a sequence, several sequences a block; ranks of which rows are no result."""
+def test_mixer_by_kernels_of_tiles(shape, dtype, monkeypatch):
+    """Tiles across sequences, several segments a sequence and several sequences a block."""
     mixer, used = cuda_on_cpu.bidirectional_mixer, []
-    at_once = mixer._gradients_at_once
-    monkeypatch.setattr(mixer, "_gradients_at_once", lambda *a: used.append(at_once(*a)) or used[0])
+    monkeypatch.setattr(mixer, "_PROJECTED_TOKENS", 0)
+    kernel = mixer.get_kernel
+    monkeypatch.setattr(mixer, "get_kernel", lambda *a: used.append(a[0]) or kernel(*a))
     mixers.check(shape, dtype, Emulated)
-    assert used
+    assert {"mixer_projection", "mixer_gradients"} <= set(used)
+    mixers.check_weights_of_half_precision(shape, dtype, Emulated)
 
 
 WAITS = {

@@ -19,10 +19,10 @@ __all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"
 LENDS_Y = True
 """See `vim.ops.bidirectional_mixer._lends_y`."""
 
-_VALUES_A_BLOCK = 512
-
-# Of mixer_gradients.cu.
+# Of mixer_tiles.cuh, mixer_projection.cu and mixer_gradients.cu.
 _CHANNELS, _THREADS, _PITCH = 64, 256, 72
+_TOKENS = 64
+_PROJECTED_TOKENS = 16384  # fewer leave multiprocessors idle
 _MOST_SUMS = 96  # rows of its two sums over tokens; more take too many registers
 _SEGMENT = 64  # tokens, at least
 
@@ -35,6 +35,7 @@ class _Weights:
         x_proj: (2, M, D) and dt_proj: (2, D, P) in the dtype of the products, zeros beyond R.
         A: (2, D, N) = -exp(A_log). D, dt_bias: (2, D). All float32.
         given: the dtype in which the kernel reads x_proj and dt_proj.
+        values: how many values the kernel writes, about.
         arguments: `MixerWeights` of mixer_inputs.cu but for its last.
     """
 
@@ -55,6 +56,7 @@ class _Weights:
         self.given = products[0].dtype
         if self.given != dtype or any(x.dtype != self.given for x in products):
             self.given = torch.float32
+        self.values = self.x_proj.numel() + self.dt_proj.numel()
         self.arguments = (
             *(contiguous(x, self.given) for x in products),
             *(contiguous(x, torch.float32) for x in scan),
@@ -75,16 +77,13 @@ def _padded(rank: int) -> int:
     return -(-rank // 8) * 8
 
 
-def _inputs(
-    x: Tensor, forward_branch: list[Tensor], backward_branch: list[Tensor]
-) -> tuple[_Weights, Tensor]:
-    """Return the weights, and both convolutions of x: (2, B, L, D)."""
-    weights = _Weights(forward_branch, backward_branch, x.dtype)
+def _inputs(weights: _Weights, x: Tensor, convolve: bool = True) -> Tensor:
+    """Fill in the weights; return both convolutions of x, (2, B, L, D), or only memory for them."""
     u = x.new_empty(2, *x.shape)
     branches = [weights.conv[:2], weights.conv[2:]]
     types, (columns, rows, _), arguments = causal_conv1d.forward_launch(x, branches, u)
-    values = 2 * weights.x_proj[0].numel() + 2 * weights.dt_proj[0].numel()
-    weight_rows = -(-values // (columns * _VALUES_A_BLOCK))
+    rows, block_values = (rows, 512) if convolve else (0, 128)
+    weight_rows = -(-weights.values // (columns * block_values))
     launch(
         get_kernel("mixer_inputs", _inputs_kernel(*types, weights.given), x.device.index),
         (columns, rows + weight_rows, 1),
@@ -94,13 +93,73 @@ def _inputs(
         *weights.arguments,
         weight_rows,
     )
-    return weights, u
+    return u
 
 
 @functools.cache
 def _inputs_kernel(dtype, conv_dtype, width: int, vector: int, given) -> str:
     types = ", ".join(DTYPES[t] for t in (dtype, conv_dtype, given))
     return f"mixer_inputs_kernel<{types}, {width}, {vector}>"
+
+
+def _projected(weights: _Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill in the weights; return both convolutions u (2, B, L, D) and x_proj's results."""
+    if not _projects_at_once(weights, x):
+        u = _inputs(weights, x)
+        return u, _product(u, weights.x_proj)
+    batch, length, channels = x.shape
+    width, rank = weights.x_proj.shape[1], weights.rank
+    if weights.given == x.dtype:
+        u = x.new_empty(2, batch, length, channels)
+        x_proj = weights.arguments[:2]
+        weight_blocks = -(-weights.values // 512)
+    else:
+        u = _inputs(weights, x, convolve=False)
+        x_proj, rank, weight_blocks = weights.x_proj.unbind(), weights.padded_rank, 0
+    projected = x.new_empty(2, batch, length, width)
+    (weight, bias), (weight_2, bias_2) = causal_conv1d.same_weights(
+        [weights.conv[:2], weights.conv[2:]], x.dtype
+    )
+    name, shared = _projection_kernel(x.dtype, weight.dtype, weight.shape[1], width)
+    launch(
+        get_kernel("mixer_projection", name, x.device.index),
+        (-(-batch * length // _TOKENS) + weight_blocks, 1, 1),
+        (_THREADS, 1, 1),
+        shared,
+        *(x, weight, weight_2, bias, bias_2, *x_proj, u, projected),
+        *(batch * length, length, channels, x.stride(1), rank, weights.padded_rank, weight_blocks),
+        *weights.arguments,
+        0,
+    )
+    return u, projected
+
+
+def _projects_at_once(weights: _Weights, x: Tensor) -> bool:
+    """Whether mixer_projection.cu serves these sizes, in less time than one by one."""
+    batch, length, channels = x.shape
+    width, row = weights.x_proj.shape[1], x.data_ptr() | 2 * x.stride(1)
+    return (
+        x.dtype.itemsize == 2
+        and weights.conv[0].shape[1] in (2, 4)
+        and channels % _CHANNELS == 0
+        and width % 8 == 0
+        and width <= _MOST_SUMS
+        and row % 16 == 0
+        and x.stride(2) == 1
+        and (batch == 1 or x.stride(0) == length * x.stride(1))
+        and all(t.data_ptr() % 16 == 0 for t in (*weights.conv, *weights.arguments[:4]))
+        and batch * length >= _PROJECTED_TOKENS
+    )
+
+
+@functools.cache
+def _projection_kernel(dtype, conv_dtype, taps: int, width: int) -> tuple[str, int]:
+    """Return the kernel's name, and its bytes of shared memory: `ProjectionMemory` in the source."""
+    rows = _TOKENS + 2 * (taps - 1) + 2 * width
+    step = 2 * rows * _PITCH + conv_dtype.itemsize * 2 * _CHANNELS * (taps + 1)
+    shared = 2 * step + 2 * 2 * _TOKENS * _PITCH
+    types = f"{DTYPES[dtype]}, {DTYPES[conv_dtype]}"
+    return f"mixer_projection_kernel<{types}, {taps}, {width}, {shared}>", shared
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -121,8 +180,8 @@ def forward(xz, forward_branch, backward_branch, merge_scale, save, transient=Fa
         transient: whether y is soon let go, so that it may be part of more memory.
     """
     x, z = xz.chunk(2, dim=-1)
-    weights, u = _inputs(x, forward_branch, backward_branch)
-    projected = _product(u, weights.x_proj)
+    weights = _Weights(forward_branch, backward_branch, x.dtype)
+    u, projected = _projected(weights, x)
     y = selective_scan.forward_bidirectional(
         *(*weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale),
         dt_proj=weights.dt_proj,
@@ -141,7 +200,8 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
-    weights, u = _inputs(x, forward_branch, backward_branch)
+    weights = _Weights(forward_branch, backward_branch, x.dtype)
+    u = _inputs(weights, x)
     padded = weights.padded_rank
     _, dt, *inputs = weights.scan_inputs(u, projected)
     dt = _product(dt, weights.dt_proj)
@@ -252,6 +312,10 @@ def instantiations() -> list[tuple[str, str]]:
     kinds = [(full, full, 4, 4, full), (half, full, 4, 4, full), (half, half, 4, 4, half)]
     kinds += [(torch.float16, full, 4, 4, full), (half, full, 4, 1, half)]
     kernels = [("mixer_inputs", _inputs_kernel(*kind)) for kind in kinds]
+    kernels += [
+        ("mixer_projection", _projection_kernel(*kind)[0])
+        for kind in ((half, full, 4, 48), (half, half, 4, 56), (half, half, 4, 80))
+    ]
     sizes = [(half, 4, 48, 16), (half, 4, 56, 24), (torch.float16, 4, 56, 24), (half, 2, 24, 8)]
     sizes.append((half, 4, 56, 24, 99 * 1024))  # of GPUs with less shared memory
     kernels += [("mixer_gradients", _gradients_kernel(*size)[0]) for size in sizes]

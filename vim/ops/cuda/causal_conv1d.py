@@ -138,7 +138,7 @@ def forward_launch(
     """
     batch, length, channels = x.shape
     x = _channels_last(x)
-    (weight, bias), (weight_2, bias_2) = _same_weights(branches, x.dtype)
+    (weight, bias), (weight_2, bias_2) = same_weights(branches, x.dtype)
     width = weight.shape[1]
     vector = _vector(_FWD_VECTOR, width, channels, x)
     _check_width(width)
@@ -160,7 +160,7 @@ def _backward(dys, x, branches, activation, directions, dx, accumulate, states):
     dys = [_channels_last(dy) for dy in dys]
     if any(dy.stride() != dys[0].stride() for dy in dys):
         dys = [dy.contiguous() for dy in dys]
-    (weight, bias), (weight_2, bias_2) = _same_weights(branches, x.dtype)
+    (weight, bias), (weight_2, bias_2) = same_weights(branches, x.dtype)
     width, count = weight.shape[1], len(branches)
     initial_state, dfinal_state, dinitial_state = states
     has_states = initial_state is not None or dfinal_state is not None
@@ -217,7 +217,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _same_weights(branches, dtype):
+def same_weights(branches, dtype):
     """Return two pairs (weight, bias) of one dtype, float32 or that of x, contiguous."""
     common = branches[0][0].dtype
     if common != dtype or any(t is not None and t.dtype != common for b in branches for t in b):
