@@ -36,7 +36,7 @@ class _Weights:
         A: (2, D, N) = -exp(A_log). D, dt_bias: (2, D). All float32.
         given: the dtype in which the kernel reads x_proj and dt_proj.
         values: how many values the kernel writes, about.
-        arguments: `MixerWeights` of mixer_inputs.cu but for its last.
+        arguments: `MixerWeights` of mixer_weights.cuh but for its last.
     """
 
     def __init__(self, forward_branch: list[Tensor], backward_branch: list[Tensor], dtype) -> None:
@@ -154,7 +154,7 @@ def _projects_at_once(weights: _Weights, x: Tensor) -> bool:
 
 @functools.cache
 def _projection_kernel(dtype, conv_dtype, taps: int, width: int) -> tuple[str, int]:
-    """Return the kernel's name, and its bytes of shared memory: `ProjectionMemory` in the source."""
+    """Return the kernel's name, and its bytes of shared memory: `ProjectionMemory` there."""
     rows = _TOKENS + 2 * (taps - 1) + 2 * width
     step = 2 * rows * _PITCH + conv_dtype.itemsize * 2 * _CHANNELS * (taps + 1)
     shared = 2 * step + 2 * 2 * _TOKENS * _PITCH
