@@ -291,7 +291,8 @@ def test_weights_of_a_mixer(channels, rank, states, dtype, given):
 
     branches = branch(), branch()
     x = torch.randn(2, 19, channels, device="cuda").to(dtype)
-    weights, u = mixer._inputs(x, *branches)
+    weights = mixer._Weights(*branches, x.dtype)
+    u = mixer._inputs(weights, x)
     padded = -(-rank // 8) * 8
     for i, (_, _, x_proj, dt_proj, dt_bias, A_log, D) in enumerate(branches):
         rows = [*range(rank), *range(padded, padded + 2 * states)]
