@@ -125,6 +125,17 @@ def test_output_and_every_gradient_at_size(shape, projected, dtype, backend):
     check(shape, dtype, backend, make_out(shape) if projected else ())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_images(dtype, backend):
+    xz, *branches = make((0, 5, 64, 16, 3, 4), dtype)
+    leaves = [x.to(backend.device).requires_grad_() for x in (xz, *branches[0], *branches[1])]
+    y = bidirectional_mixer(leaves[0], leaves[1:8], leaves[8:], backend=backend.name)
+    assert y.shape == (0, 5, 64)
+    for x, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert gradient.shape == x.shape
+        assert not gradient.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_tokens(dtype, backend):

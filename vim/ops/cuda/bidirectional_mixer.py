@@ -1,4 +1,7 @@
-"""The inside of Vim's mixer on CUDA: one launch for both convolutions, one for both scans.
+"""The inside of Vim's mixer on CUDA: both directions in each launch.
+
+Of many tokens in 16 bits, one kernel convolves and projects; another takes what follows the scans
+in the backward. Other sizes go through the convolution's kernels and products.
 
 Size letters: B batch, L tokens, D channels (d_inner), N state (d_state), R dt_rank, P = R rounded
 up to a multiple of eight, M = P + 2 N.
@@ -44,7 +47,7 @@ class _Weights:
         x_proj, dt_proj, _, A_log, _ = forward_branch[2:]
         channels, self.rank = dt_proj.shape
         self.states = A_log.shape[1]
-        self.padded_rank = _padded(self.rank)
+        self.padded_rank = _rounded_up(self.rank, 8)
         width = self.padded_rank + 2 * self.states
         self.x_proj = x_proj.new_empty(2, width, channels, dtype=dtype)
         self.dt_proj = x_proj.new_empty(2, channels, self.padded_rank, dtype=dtype)
@@ -73,8 +76,8 @@ class _Weights:
         return u, dt, self.A, B, C, self.D
 
 
-def _padded(rank: int) -> int:
-    return -(-rank // 8) * 8
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _inputs(weights: _Weights, x: Tensor, convolve: bool = True) -> Tensor:
@@ -169,7 +172,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def saved_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of what `forward` saves: the results of x_proj."""
-    width = _padded(branch[3].shape[1]) + 2 * branch[5].shape[1]
+    width = _rounded_up(branch[3].shape[1], 8) + 2 * branch[5].shape[1]
     return [((2, *xz.shape[:2], width), xz.dtype)]
 
 
@@ -196,7 +199,7 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
     Args:
         take_y: is called with what `forward` returned, (B, L, D), which may then be let go.
     """
-    (projected,) = saved
+    projected = saved[0].contiguous()
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
@@ -216,7 +219,7 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
     ddt_rank = dprojected.flatten(1, 2)[..., :padded]
     torch.bmm(ddt.flatten(1, 2), weights.dt_proj, out=ddt_rank)
     products = (x, u, du, ddt, dprojected, projected)
-    finish = _gradients_at_once if _serves(weights, x) else _gradients_one_by_one
+    finish = _gradients_at_once if _finishes_at_once(weights, x) else _gradients_one_by_one
     gradients = finish(weights, dx, *products)
     return [dxz, *gradients, ddt_bias, weights.A * dA, dD]  # A is its own derivative by A_log
 
@@ -241,16 +244,17 @@ def _gradients_one_by_one(weights: _Weights, dx, x, u, du, ddt, dprojected, proj
     return dconv, dconv_bias, dx_proj, ddt_proj
 
 
-def _serves(weights: _Weights, x: Tensor) -> bool:
+def _finishes_at_once(weights: _Weights, x: Tensor) -> bool:
     """Whether mixer_gradients.cu serves these sizes, in less time than one by one."""
     width = weights.x_proj.shape[1]
     row = x.data_ptr() | 2 * x.stride(0) | 2 * x.stride(1)
     return (
         x.dtype.itemsize == 2
+        and x.numel() > 0
         and weights.conv[0].shape[1] in (2, 3, 4)
         and x.shape[2] % _CHANNELS == 0
         and width % 8 == 0
-        and _sixteens(width) + _sixteens(weights.padded_rank) <= _MOST_SUMS
+        and _rounded_up(width, 16) + _rounded_up(weights.padded_rank, 16) <= _MOST_SUMS
         and row % 16 == 0
         and x.stride(2) == 1
     )
@@ -286,19 +290,15 @@ def _gradients_at_once(weights: _Weights, dx, x, u, du, ddt, dprojected, project
     return sum_partials("mixer_gradients", partials, shapes, torch.float32)
 
 
-def _sixteens(size: int) -> int:
-    return -(-size // 16) * 16
-
-
 @functools.cache
 def _gradients_kernel(
     dtype, taps: int, width: int, padded: int, limit: int = 1 << 20
 ) -> tuple[str, int]:
     """Return the kernel's name, and its bytes of shared memory: `SharedMemory` in the source."""
     for tokens in (32, 16):
-        row = 2 * _PITCH + _sixteens(width) + 8 + _sixteens(padded) + 8
+        row = 2 * _PITCH + _rounded_up(width, 16) + 8 + _rounded_up(padded, 16) + 8
         tile = 2 * tokens * row + (tokens + taps - 1) * _PITCH
-        shared = 2 * (2 * tile + 2 * _sixteens(width) * _PITCH)
+        shared = 2 * (2 * tile + 2 * _rounded_up(width, 16) * _PITCH)
         shared += 4 * 2 * _CHANNELS * (tokens + taps - 1 + taps + 1)
         if shared <= limit:
             break
