@@ -39,13 +39,15 @@ class Graphed(nn.Module):
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return DDP of a model, made on a side stream so that a graph can be captured under it."""
+    """Return DDP of a model as `VimRunner` makes it: on a side stream, for a graph's sake."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        # Without the view each gradient would be copied back from where the processes add them up.
         model = DistributedDataParallel(
-            model, device_ids=[device.index], gradient_as_bucket_view=True
+            model,
+            device_ids=[device.index],
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=3 if isinstance(model, Graphed) else None,
         )
     torch.cuda.current_stream().wait_stream(side)
     return model

@@ -129,6 +129,8 @@ class VimRunner(Runner):
             "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
             # Gradients stay where the processes add them up: no copies, and less memory.
             "gradient_as_bucket_view": True,
+            # A graph's gradients come all at once: the first are added up while others are copied.
+            **({"bucket_cap_mb": 3} if getattr(model, "cuda_graph", False) else {}),
             **(model_wrapper_cfg or {}),
         }
         if self.device_type != "cuda":
