@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vim  # noqa: F401, registers the models
-from vim.engine.training_graph import TrainingGraph
+from vim.engine.training_graph import BUCKET_CAP_MB, TrainingGraph
 
 STEPS, REPEATS, WARM_UP = 10, 3, 6
 
@@ -47,7 +47,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
             model,
             device_ids=[device.index],
             gradient_as_bucket_view=True,
-            bucket_cap_mb=3 if isinstance(model, Graphed) else None,
+            bucket_cap_mb=BUCKET_CAP_MB if isinstance(model, Graphed) else None,
         )
     torch.cuda.current_stream().wait_stream(side)
     return model

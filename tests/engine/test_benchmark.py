@@ -58,6 +58,13 @@ def test_a_case_that_cannot_run_says_why_and_the_others_go_on():
     assert [row["model"] for row in rows["results"]] == ["test_vit2", "test_vit2"]
 
 
+def test_throughput_is_of_steps_back_to_back_and_latency_of_single_ones(monkeypatch):
+    monkeypatch.setattr(engine, "_time_ms", lambda step, device, steps=1: 10.0 if steps == 1 else 4)
+    (result,) = run(Case("test_vit2", **SMALL), seconds=0.05)
+    assert result.latency_ms == {"p50": 10, "p90": 10, "p99": 10}
+    assert result.repeats == [1e3 * SMALL["batch_size"] / 4] * 2
+
+
 def test_models_of_a_case_take_turns(monkeypatch):
     order = []
     repeat = engine._Run.repeat

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
+from torch import nn
 
 import vim.engine.optimization  # noqa: F401, registers VimCosineLR
 from vim.engine import checkpoints
@@ -341,6 +342,20 @@ def test_a_schedule_that_knows_no_seconds_is_refused(tmp_path):
         budgeted(tmp_path, 1.0, param_scheduler=schedule).train()
     with pytest.raises(ValueError, match="max_seconds must be more than 0, got 0"):
         budgeted(tmp_path, 0).train()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_how_ddp_adds_gradients_up(cuda_graph, monkeypatch):
+    monkeypatch.setattr(
+        "vim.engine.runner.MMDistributedDataParallel", lambda module, **options: options
+    )
+    runner = SimpleNamespace(cfg={"device": "cpu"}, distributed=True, device_type="cpu")
+    model = nn.Linear(2, 1)
+    model.cuda_graph = cuda_graph
+    options = VimRunner.wrap_model(runner, None, model)
+    assert options["gradient_as_bucket_view"]
+    assert (options["bucket_cap_mb"] is not None) == cuda_graph
+    assert VimRunner.wrap_model(runner, {"bucket_cap_mb": 7}, model)["bucket_cap_mb"] == 7
 
 
 def test_unknown_choices_are_refused(tmp_path):

@@ -37,6 +37,7 @@ import vim
 from vim.engine import checkpoints
 from vim.engine.checkpoints import CheckpointError
 from vim.engine.loops import VimTestLoop, VimTrainLoop, VimValLoop
+from vim.engine.training_graph import BUCKET_CAP_MB
 from vim.models import read_checkpoint
 
 __all__ = ["NonFiniteError", "VimRunner", "VimTestLoop", "VimTrainLoop", "VimValLoop"]
@@ -129,8 +130,7 @@ class VimRunner(Runner):
             "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
             # Gradients stay where the processes add them up: no copies, and less memory.
             "gradient_as_bucket_view": True,
-            # A graph's gradients come all at once: the first are added up while others are copied.
-            **({"bucket_cap_mb": 3} if getattr(model, "cuda_graph", False) else {}),
+            "bucket_cap_mb": BUCKET_CAP_MB if getattr(model, "cuda_graph", False) else None,
             **(model_wrapper_cfg or {}),
         }
         if self.device_type != "cuda":

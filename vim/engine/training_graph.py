@@ -10,7 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from vim.layers import MixtureOfExperts
 
-__all__ = ["TrainingGraph"]
+__all__ = ["BUCKET_CAP_MB", "TrainingGraph"]
+
+BUCKET_CAP_MB = 3
+"""DDP's buckets for a graph, whose gradients come all at once: small ones, so that the first are
+added up while others are still copied."""
 
 
 class TrainingGraph:

@@ -143,6 +143,7 @@ def _projects_at_once(weights: _Weights, x: Tensor) -> bool:
     width, row = weights.x_proj.shape[1], x.data_ptr() | 2 * x.stride(1)
     return (
         x.dtype.itemsize == 2
+        and batch * length >= _PROJECTED_TOKENS
         and weights.conv[0].shape[1] in (2, 4)
         and channels % _CHANNELS == 0
         and width % 8 == 0
@@ -151,7 +152,6 @@ def _projects_at_once(weights: _Weights, x: Tensor) -> bool:
         and x.stride(2) == 1
         and (batch == 1 or x.stride(0) == length * x.stride(1))
         and all(t.data_ptr() % 16 == 0 for t in (*weights.conv, *weights.arguments[:4]))
-        and batch * length >= _PROJECTED_TOKENS
     )
 
 
