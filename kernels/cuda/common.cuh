@@ -157,26 +157,11 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   return y;
 }
 
-__device__ __forceinline__ float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float fast_sigmoid(float x) {
   return fast_reciprocal(1.0f + fast_exp2(-LOG2_E * x));
 }
 
 __device__ __forceinline__ float fast_silu(float x) { return x * fast_sigmoid(x); }
-
-// log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)). Where exp(-|x|) is so small that 1 + exp(-|x|)
-// loses its digits, log(1 + e) is e (1 - e / 2).
-__device__ __forceinline__ float fast_softplus(float x) {
-  const float e = fast_exp2(-LOG2_E * fabsf(x));
-  const float log1p_e = e < 0.0078125f ? e * (1.0f - e * (0.5f - e * (1.0f / 3.0f)))
-                                       : LN_2 * fast_log2(1.0f + e);
-  return fmaxf(x, 0.0f) + log1p_e;
-}
 
 // ---- copies to shared memory that a thread waits for later
 

@@ -1,5 +1,7 @@
 """What is particular to the CUDA selective scan: how it shares work out, and both directions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,20 @@ import torch.nn.functional as F
 from vim.ops import selective_scan, selective_scan_reference
 from vim.ops.cuda import selective_scan as cuda_scan
 
-from .cases import DTYPES, Shape, as_float64, assert_close_to_truth, values_and_gradients
+from .cases import (
+    DTYPES,
+    Shape,
+    as_float64,
+    assert_close_to_truth,
+    check_op,
+    on,
+    values_and_gradients,
+)
 from .test_selective_scan import make_cotangents, make_inputs, scan
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
+ORDER = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 SHAPES = [
     Shape(2, 1, 7, N=16),
@@ -26,18 +37,10 @@ SHAPES = [
 ]
 
 
-def to_device(tensors):
-    return {k: None if x is None else x.to(DEVICE) for k, x in tensors.items()}
-
-
 def check_scan(inputs, cotangents, **options):
-    """Values and gradients of the CUDA backend against the float64 reference, all on the GPU."""
-    inputs, cotangents = to_device(inputs), to_device(cotangents)
-    actual = values_and_gradients(scan, inputs, cotangents, backend="cuda", **options)
-    reference = selective_scan_reference
-    truth = values_and_gradients(reference, as_float64(inputs), as_float64(cotangents), **options)
-    baseline = values_and_gradients(reference, inputs, cotangents, **options)
-    assert_close_to_truth(actual, truth, baseline)
+    """Values and gradients of the CUDA backend against the float64 reference."""
+    cuda = SimpleNamespace(name="cuda", device=DEVICE)
+    check_op(scan, selective_scan_reference, inputs, cotangents, cuda, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,9 +107,10 @@ WAYS += [(32, 2), (32, 4), (64, 4), (64, 8), (64, 16)]
 def test_every_way_to_share_the_work_out(way, reverse, dtype):
     """Small cases would run with many lanes a channel: here go the ways of large ones."""
     states, lanes = way
-    inputs = to_device(make_inputs(Shape(2, 149, 72, N=states), dtype))
+    inputs = make_inputs(Shape(2, 149, 72, N=states), dtype)
     truth = selective_scan_reference(**as_float64(inputs), reverse=reverse)
     baseline = selective_scan_reference(**inputs, reverse=reverse)
+    inputs = on(DEVICE, inputs)
     start = inputs.pop("initial_state")
     for chunk in (None, 64):
         given = cuda_scan._one_direction(**inputs, dt_softplus=True, reverse=reverse)
@@ -128,7 +132,13 @@ def both_directions(shape, dtype, options=("D", "z", "dt_bias")):
         k: torch.stack([first[k], second[k]]) for k in ("u", "dt", "A", "B", "C", "D", "dt_bias")
     } | shared
     inputs = {k: x if k in (*"uABC", "dt", *options) else None for k, x in inputs.items()}
-    return to_device(inputs), make_cotangents(shape, dtype)["y"].to(DEVICE)
+    return inputs, make_cotangents(shape, dtype)["y"]
+
+
+def on_device(inputs, dy):
+    """Return the arguments of `forward_bidirectional`, and dy, on the GPU."""
+    inputs = on(DEVICE, inputs)
+    return [inputs[k] for k in ORDER], dy.to(DEVICE)
 
 
 def merged_reference(u, dt, A, B, C, D, z, dt_bias, dtype):
@@ -194,10 +204,9 @@ def test_both_directions(shape, options, dtype):
 
     truth = reference(torch.float64, **as_float64(inputs))
     baseline = reference(torch.float32, **inputs)
-    order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-    arguments = [inputs[k] for k in order]
+    arguments, dy = on_device(inputs, dy)
     actual = {"y": cuda_scan.forward_bidirectional(*arguments)}
-    gradients = dict(zip(order, cuda_scan.backward_bidirectional(dy, *arguments), strict=True))
+    gradients = dict(zip(ORDER, cuda_scan.backward_bidirectional(dy, *arguments), strict=True))
     actual |= {f"d{k}": gradients[k].to(leaves[k].dtype) for k in inputs if k in leaves}
     assert_close_to_truth(actual, truth, baseline)
 
@@ -207,15 +216,16 @@ def test_both_directions(shape, options, dtype):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"N{way[0]}-S{way[1]}")
 def test_dt_as_a_product(way, rank, dtype):
     inputs, _ = both_directions(Shape(2, 149, 72, N=way[0]), dtype)
-    given = torch.randn(2, 2, 149, rank + 6, device=DEVICE).to(dtype)[..., :rank]
-    weight = (torch.randn(2, 72, rank, device=DEVICE) * rank**-0.5).to(dtype)
+    given = torch.randn(2, 2, 149, rank + 6).to(dtype)[..., :rank]
+    weight = (torch.randn(2, 72, rank) * rank**-0.5).to(dtype)
     exact = []
     for tensors, wide in ((as_float64(inputs), torch.float64), (inputs, torch.float32)):
         dt = given.to(wide) @ weight.to(wide).mT.unsqueeze(1)
         exact.append({"y": merged_reference(**tensors | {"dt": dt}, dtype=wide)})
-    inputs |= {"dt": given, "dt_softplus": True, "reverse": False, "scale": 0.5}
+    inputs = on(DEVICE, inputs | {"dt": given})
+    inputs |= {"dt_softplus": True, "reverse": False, "scale": 0.5}
     for chunk in (None, 64):
-        both = cuda_scan._Scan(**inputs, dt_proj=weight)
+        both = cuda_scan._Scan(**inputs, dt_proj=weight.to(DEVICE))
         y, _ = cuda_scan._scan_forward(both, None, False, cuda_scan._variant(*way, dtype), chunk)
         assert_close_to_truth({"y": y}, *exact)
 
@@ -225,7 +235,7 @@ def test_dt_as_a_product(way, rank, dtype):
 @pytest.mark.parametrize("way", WAYS[:8], ids=lambda way: f"N{way[0]}-S{way[1]}")
 def test_result_in_the_place_of_u(way, length, dtype):
     inputs, _ = both_directions(Shape(2, length, 72, N=way[0]), dtype)
-    inputs |= {"dt_softplus": True, "reverse": False, "scale": 0.5}
+    inputs = on(DEVICE, inputs) | {"dt_softplus": True, "reverse": False, "scale": 0.5}
     for chunk in (None, 64):
         results = []
         for overwrite_u in (False, True):
@@ -240,9 +250,8 @@ def test_result_in_the_place_of_u(way, length, dtype):
 @pytest.mark.parametrize("rank", [12, 48], ids=str)
 def test_dt_as_a_product_made_before(rank):
     """Ranks that the kernel does not take go through a product of PyTorch's."""
-    inputs, _ = both_directions(Shape(2, 20, 16, N=16), torch.bfloat16)
+    order, _ = on_device(*both_directions(Shape(2, 20, 16, N=16), torch.bfloat16))
     weight = (torch.randn(2, 16, rank, device=DEVICE) * rank**-0.5).bfloat16()
-    order = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     order[1] = torch.randn(2, 2, 20, rank, device=DEVICE).bfloat16()
     y = cuda_scan.forward_bidirectional(*order, dt_proj=weight)
     order[1] = order[1] @ weight.mT.unsqueeze(1)
@@ -261,8 +270,7 @@ def test_both_directions_backward_in_chunks(shape, dtype):
 def test_gradient_in_the_place_of_dt(shape, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(cuda_scan, "_backward_chunk", lambda *_: chunk)
-    inputs, dy = both_directions(shape, torch.bfloat16)
-    order = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    order, dy = on_device(*both_directions(shape, torch.bfloat16))
     expected = cuda_scan.backward_bidirectional(dy, *order)
     actual = cuda_scan.backward_bidirectional(dy, *order, overwrite_dt=True)
     assert actual[1] is order[1]
@@ -271,8 +279,7 @@ def test_gradient_in_the_place_of_dt(shape, chunk, monkeypatch):
 
 @pytest.mark.parametrize("shape", [Shape(2, 100, 72, N=16), Shape(2, 100, 71, N=16)], ids=str)
 def test_repeats_are_equal_bit_for_bit(shape):
-    inputs, dy = both_directions(shape, torch.bfloat16)
-    arguments = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    arguments, dy = on_device(*both_directions(shape, torch.bfloat16))
     first = (
         cuda_scan.forward_bidirectional(*arguments),
         *cuda_scan.backward_bidirectional(dy, *arguments),
@@ -286,7 +293,7 @@ def test_repeats_are_equal_bit_for_bit(shape):
 
 
 def test_two_halves_make_a_whole():
-    inputs = to_device(make_inputs(Shape(2, 96, 40, N=16), torch.bfloat16))
+    inputs = on(DEVICE, make_inputs(Shape(2, 96, 40, N=16), torch.bfloat16))
     start = inputs.pop("initial_state")
     y, final = scan(**inputs, initial_state=start, backend="cuda")
     along = ("u", "dt", "B", "C", "z")
@@ -300,8 +307,7 @@ def test_two_halves_make_a_whole():
 
 
 def test_graph_capture_and_side_stream():
-    inputs, dy = both_directions(Shape(2, 50, 64, N=16), torch.bfloat16)
-    arguments = [inputs[k] for k in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    arguments, dy = on_device(*both_directions(Shape(2, 50, 64, N=16), torch.bfloat16))
     expected = cuda_scan.forward_bidirectional(*arguments)
     gradients = cuda_scan.backward_bidirectional(dy, *arguments)
     stream = torch.cuda.Stream()

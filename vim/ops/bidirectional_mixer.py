@@ -261,7 +261,7 @@ def _bidirectional_mixer_bwd(
         rows, dweights = dout.flatten(0, 1), []
 
         def take_y(y):
-            dweights.append((y.flatten(0, 1).mT @ rows).mT)  # the order of autograd's own
+            dweights.append(_weight_gradient(rows, y.flatten(0, 1), out_weight))
 
         if _lends_y(backend_):
             gradients = backend_.backward(dy, *arguments, saved, merge_scale, take_y=take_y)
@@ -272,6 +272,13 @@ def _bidirectional_mixer_bwd(
         (dweight,) = dweights
         dbias = None if out_bias is None else rows.sum(0)
     return pack_gradients([*gradients, dweight, dbias], inputs)
+
+
+def _weight_gradient(dout: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """(rows, E), (rows, D) -> (E, D), in the dtype of `weight` at once where cuBLAS can."""
+    if torch.version.cuda and y.is_cuda and y.dtype.itemsize == 2 and weight.dtype == torch.float32:
+        return torch.mm(dout.mT, y, out_dtype=torch.float32)
+    return (y.mT @ dout).mT  # the order of autograd's own
 
 
 @_bidirectional_mixer_bwd.register_fake

@@ -56,7 +56,7 @@ def _tile(states: int, lanes: int, block_channels: int, dtype: torch.dtype) -> i
     floats = matrices + (3 if lanes > 1 else 1) * block_channels + 8
     token = 2 * (4 * floats + 6 * block_channels * dtype.itemsize)  # of both directions
     # Whole channels need no sums and little staging: small tiles leave room for more blocks.
-    most = 8 if lanes == 1 else 64
+    most = 64 if lanes > 1 else 16 if states == 16 and dtype.itemsize == 2 else 8
     return min(most, 1 << ((48 * 1024 - 2048) // token).bit_length() - 1)
 
 
@@ -83,8 +83,9 @@ def _variant(
         min_blocks = 2 if lanes == 16 else 3
     else:
         min_blocks = 2 if lanes == 4 and dtype.itemsize == 2 and tile is None else 1
+    together = 16 if lanes > 1 and held < 8 else 4 if lanes == 1 and tile is not None else 8
     tile = tile or _tile(states, lanes, block_channels, dtype)
-    together = min(4 if lanes == 1 else 8 if held >= 8 else 16, tile)
+    together = min(together, tile)
     return Variant(held, lanes, 1, block_channels, tile, together, min_blocks)
 
 
