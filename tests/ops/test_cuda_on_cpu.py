@@ -157,10 +157,11 @@ STORE = """
 import sys, torch
 from pathlib import Path
 from tests.ops import cuda_on_cpu
+from vim.ops.cuda._launch import launch
 
 folder, at = Path(sys.argv[1]), int(sys.argv[2])
 kernel = cuda_on_cpu.Kernel(folder, "outside", "store_kernel")
-cuda_on_cpu.launch(kernel, (1, 1, 1), (1, 1, 1), 0, torch.zeros(8), at)
+launch(kernel, (1, 1, 1), (1, 1, 1), 0, torch.zeros(8), at)
 """
 
 

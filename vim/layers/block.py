@@ -4,6 +4,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vim.ops.block_sequence import BlockSequence
+
 from ._bare import is_bare
 from .add_norm import AddNorm
 from .mamba import BidirectionalMamba
@@ -72,7 +74,7 @@ class VimBlock(nn.Module):
         return x, residual, stream
 
     @torch.jit.ignore
-    def run(self, flow: list[Tensor | None]) -> None:
+    def run(self, flow: list[Tensor | None], sequence: BlockSequence | None = None) -> None:
         """Replace [x, residual] by what `forward` makes of them; for inference.
 
         Whoever calls a module keeps its arguments alive until it returns. Here nobody keeps the
@@ -82,7 +84,12 @@ class VimBlock(nn.Module):
 
         Args:
             flow: [x, residual] as for `forward`, which nothing else refers to.
+            sequence: of the ops of this pass, if one serves.
         """
+        if sequence is not None:
+            if self._run_in(sequence, flow):
+                return
+            sequence.interrupt()
         if not is_bare(self):
             flow[:] = self(*flow)[:2]
             return
@@ -94,6 +101,36 @@ class VimBlock(nn.Module):
         else:
             x = self.mixer(x)
         flow += self.ffn(x, residual)
+
+    def _run_in(self, sequence: BlockSequence, flow: list[Tensor | None]) -> bool:
+        """`run`, and return True, if the block is Vim's, and nobody sees what happens inside."""
+        drop_path, norm, mixer, ffn = self.drop_path, self.norm, self.mixer, self.ffn
+        plain = (
+            type(norm) is AddNorm
+            and type(mixer) is BidirectionalMamba
+            and type(drop_path) in (nn.Identity, DropPath)
+            and type(ffn) is _NoFeedForward
+            and all(is_bare(x) for x in (self, drop_path, norm, mixer, ffn))
+        )
+        projections = mixer.plain_projections() if plain else None
+        if projections is None:
+            return False
+        in_proj, out_proj = projections
+        x, residual = sequence.add_norm(
+            drop_path(flow[0]), flow[1], norm.weight, norm.bias, norm.eps, norm.kind
+        )
+        flow.clear()
+        x = in_proj(x)
+        x = sequence.bidirectional_mixer(
+            x,
+            mixer.forward_branch.tensors(),
+            mixer.backward_branch.tensors(),
+            mixer.merge_scale,
+            out_proj.weight,
+            out_proj.bias,
+        )
+        flow += x, residual
+        return True
 
     @torch.jit.ignore
     def scan(

@@ -170,6 +170,15 @@ class BidirectionalMamba(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(self.in_proj(x))
 
+    @torch.jit.ignore
+    def plain_projections(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """Return both projections if they are bare, and the output's follows the scans at once."""
+        in_proj, norm, out_proj = self.in_proj, self.norm, self.out_proj
+        kinds = type(in_proj), type(norm), type(out_proj)
+        if kinds != (nn.Linear, nn.Identity, nn.Linear):
+            return None
+        return (in_proj, out_proj) if all(map(is_bare, (in_proj, norm, out_proj))) else None
+
     def mix(self, xz: Tensor) -> Tensor:
         """Return the output, of the input projection: (B, L, 2 d_inner) -> (B, L, dim)."""
         forward, backward = self.forward_branch.tensors(), self.backward_branch.tensors()

@@ -43,6 +43,7 @@ from vim.layers import (
     build_ffns,
     build_mixers,
 )
+from vim.ops.block_sequence import BlockSequence
 
 from . import _streaming
 from ._checkpoint import checkpoint_filter_fn, load_state_dict_pre_hook
@@ -396,11 +397,14 @@ class VisionMamba(nn.Module):
     def _infer_features(self, x: Tensor) -> Tensor:
         """Return what `forward_features` does, in less memory; see `VimBlock.run`."""
         flow = [self._embed(x), None]
+        sequence = BlockSequence(flow[0]) if BlockSequence.serves(flow[0]) else None
         for block in self.blocks:
             if type(block) is VimBlock:
-                block.run(flow)
+                block.run(flow, sequence)
             else:
                 flow[:] = block(*flow)[:2]
+                if sequence is not None:
+                    sequence.interrupt()
         x, _ = self.norm(self.drop_path(flow[0]), flow[1])
         return self.token_order.separate(x)
 

@@ -15,8 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from vim._sources import kernel_sources
 from vim.ops.cuda import (
     _compile,
@@ -99,24 +97,16 @@ class Kernel:
             flags += ["-shared", "-fPIC", f"-I{folder}", f"-I{HERE}"]
             flags += os.environ.get(FLAGS, "").split()
             subprocess.run(["g++", *flags, program, "-o", library], check=True)
-        self.start = ctypes.CDLL(library).run
+        self._run = ctypes.CDLL(library).run
+
+    def start(self, grid, block, shared_bytes: int, words: list[int | float]) -> None:
+        values = b"".join(
+            struct.pack("d" if isinstance(x, float) else "q" if x < 0 else "Q", x) for x in words
+        )
+        self._run(*((ctypes.c_uint * 3)(*size) for size in (grid, block)), values)
 
     def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
         return PROCESSORS
-
-
-def launch(kernel: Kernel, grid, block, shared_bytes: int, *arguments) -> None:
-    if 0 in grid:
-        return
-    words = b""
-    for x in arguments:
-        if isinstance(x, float):
-            words += struct.pack("d", x)
-        else:
-            value = 0 if x is None else x.data_ptr() if isinstance(x, torch.Tensor) else int(x)
-            words += struct.pack("q" if value < 0 else "Q", value)
-    sizes = [(ctypes.c_uint * 3)(*size) for size in (grid, block)]
-    kernel.start(*sizes, words)
 
 
 def missing() -> str | None:
@@ -162,7 +152,6 @@ def use(monkeypatch, folder: Path) -> None:
     kernel = functools.cache(lambda source, name, device: Kernel(folder, source, name))
     for module in (_compile, _sums, add_norm, bidirectional_mixer, causal_conv1d, selective_scan):
         monkeypatch.setattr(module, "unavailable", lambda device, dtype: None, raising=False)
-        monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "get_kernel", kernel)
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS, raising=False)
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_BYTES, raising=False)

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels compiled at first use and launched on PyTorch's current stream.
+"""CUDA C++ kernels compiled at first use; `_launch` starts them on PyTorch's current stream.
 
 NVRTC, which comes with PyTorch's own CUDA wheels, compiles `kernels/cuda/*.cu` through `cuda.core`:
 no toolkit is needed. A kernel is a template; what it is specialised for stands in its name::
@@ -113,7 +113,7 @@ def shared_memory(device_index: int) -> int:
 
 
 class Kernel:
-    """A kernel loaded for one device; made by `get_kernel`, started by `launch`."""
+    """A kernel loaded for one device; made by `get_kernel`."""
 
     __slots__ = (
         "_arguments",
@@ -144,6 +144,51 @@ class Kernel:
         self._arguments = None
         self._blocks = []
         self._resident = {}
+
+    def start(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        words: list[int | float],
+    ) -> None:
+        """Start on PyTorch's current stream of the kernel's device; see `_launch.launch`.
+
+        Args:
+            words: the arguments, addresses of tensors among them.
+        """
+        if shared_bytes > self.shared_limit:
+            self._raise_shared_limit(shared_bytes)
+        memory = self._take_block(words)
+        self._pack_into(memory.values, 0, *words)
+        if torch._C._cuda_getDevice() == self.device_index:
+            error = self._try_to_start(grid, block, shared_bytes, memory)
+        else:
+            with torch.cuda.device(self.device_index):
+                error = self._try_to_start(grid, block, shared_bytes, memory)
+        self._blocks.append(memory)
+        if error:
+            raise RuntimeError(
+                f"{self.name} did not start on CUDA device {self.device_index} with grid {grid}, "
+                f"block {block} and {shared_bytes} bytes of shared memory: {error.name}"
+            )
+
+    def _try_to_start(self, grid, block, shared_bytes: int, memory: "_ArgumentBlock"):
+        """Return the driver's error of the launch, zero where there is none."""
+        arguments = (
+            self.handle,
+            *grid,
+            *block,
+            shared_bytes,
+            torch._C._cuda_getCurrentRawStream(self.device_index),
+            memory.pointer,
+            0,
+        )
+        error = self._start(*arguments)[0]
+        if error == _INVALID_CONTEXT:  # nothing has used this device in this thread yet
+            self.set_current()
+            error = self._start(*arguments)[0]
+        return error
 
     def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
         """Return how many blocks of `threads` threads the whole device runs at a time."""
@@ -238,78 +283,6 @@ def get_kernel(source: str, name: str, device_index: int) -> Kernel:
 def contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return `x` as kernels read small tensors; as it is if it is so already, which is cheap."""
     return (x if x.dtype == dtype else x.to(dtype)).contiguous()
-
-
-def launch(
-    kernel: Kernel,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    shared_bytes: int,
-    *arguments: torch.Tensor | int | float | None,
-) -> None:
-    """Start `kernel` on PyTorch's current stream of its device; an empty grid starts nothing.
-
-    Works under CUDA graph capture once the kernel has been launched before. The caller sees to it
-    that tensors live on the kernel's device and, on side streams, as long as the kernel runs:
-    what PyTorch asks of any op.
-
-    Args:
-        shared_bytes: dynamic shared memory a block; above 48 KB the limit is raised.
-        arguments: eight bytes each; see this module's docstring.
-    """
-    if 0 in grid:
-        return
-    values = [
-        a
-        if a.__class__ is int
-        else a.data_ptr()
-        if a.__class__ is torch.Tensor
-        else 0
-        if a is None
-        else _word(a)
-        for a in arguments
-    ]
-    if shared_bytes > kernel.shared_limit:
-        kernel._raise_shared_limit(shared_bytes)
-    memory = kernel._take_block(values)
-    kernel._pack_into(memory.values, 0, *values)
-    index = kernel.device_index
-    if torch._C._cuda_getDevice() == index:
-        error = _start(kernel, grid, block, shared_bytes, memory)
-    else:
-        with torch.cuda.device(index):
-            error = _start(kernel, grid, block, shared_bytes, memory)
-    kernel._blocks.append(memory)
-    if error:
-        raise RuntimeError(
-            f"{kernel.name} did not start on CUDA device {index} with grid {grid}, block {block} "
-            f"and {shared_bytes} bytes of shared memory: {error.name}"
-        )
-
-
-def _start(kernel: Kernel, grid, block, shared_bytes: int, memory: _ArgumentBlock):
-    """Return the driver's error of the launch, zero where there is none."""
-    arguments = (
-        kernel.handle,
-        *grid,
-        *block,
-        shared_bytes,
-        torch._C._cuda_getCurrentRawStream(kernel.device_index),
-        memory.pointer,
-        0,
-    )
-    error = kernel._start(*arguments)[0]
-    if error == _INVALID_CONTEXT:  # nothing has used this device in this thread yet
-        kernel.set_current()
-        error = kernel._start(*arguments)[0]
-    return error
-
-
-def _word(argument: torch.Tensor | float | bool) -> int | float:
-    """The eight bytes of an argument of a class that `launch` does not look for first."""
-    if isinstance(argument, torch.Tensor):  # a subclass, such as a parameter
-        return argument.data_ptr()
-    return argument if isinstance(argument, float) else int(argument)
 
 
 def cached_cubin(source: str, name: str, arch: str) -> tuple[str, bytes]:

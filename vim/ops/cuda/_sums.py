@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, get_kernel, launch
+from ._compile import DTYPES, get_kernel
+from ._launch import launch
 
 _COLUMNS = 32  # of a block
 _LANES = 32  # that share the rows, at most

@@ -8,10 +8,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, get_kernel, launch, unavailable
+from ._compile import DTYPES, get_kernel, unavailable
+from ._launch import Repeated, launch
 from ._sums import sum_kernel, sum_partials
 
-__all__ = ["backward", "forward", "instantiations", "unavailable"]
+__all__ = ["Repeated", "backward", "forward", "instantiations", "unavailable"]
 
 _SOURCE = "add_norm"
 _WARPS = 4

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from ._compile import DTYPES, contiguous, get_kernel, launch, shared_memory, unavailable
+from ._compile import DTYPES, contiguous, get_kernel, shared_memory, unavailable
+from ._launch import Repeated, bmm, launch
 from ._sums import sum_kernel, sum_partials
 
-__all__ = ["backward", "forward", "instantiations", "saved_specs", "unavailable"]
+__all__ = ["Repeated", "backward", "forward", "instantiations", "saved_specs", "unavailable"]
 
 LENDS_Y = True
 """See `vim.ops.bidirectional_mixer._lends_y`."""
@@ -167,7 +168,7 @@ def _projection_kernel(dtype, conv_dtype, taps: int, width: int) -> tuple[str, i
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """(2, B, L, I) and (2, O, I) -> (2, B, L, O)."""
-    return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
+    return bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
 
 
 def saved_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -8,7 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, contiguous, get_kernel, launch, multiprocessors, unavailable
+from ._compile import DTYPES, contiguous, get_kernel, multiprocessors, unavailable
+from ._launch import launch
 from ._sums import sum_kernel, sum_partials
 
 __all__ = [

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, get_kernel, launch, multiprocessors, unavailable
+from ._compile import DTYPES, get_kernel, multiprocessors, unavailable
+from ._launch import bmm, launch
 from ._sums import sum_kernel, sum_partials
 
 __all__ = [
@@ -515,7 +516,7 @@ def forward_bidirectional(
             to 16 states, since more leave no registers for it.
     """
     if dt_proj is not None and not _multiplies(A.shape[2], dt_proj, u, dt, B, C, z):
-        dt = torch.bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
+        dt = bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
         dt_proj = None
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dt_proj=dt_proj)
     overwrite_u = overwrite_u and scan.states <= 16
