@@ -1,5 +1,7 @@
 """Inference by `vim.ops.block_sequence` gives what the ops give, and spoils nothing."""
 
+import gc
+
 import pytest
 import timm
 import torch
@@ -130,6 +132,32 @@ def test_what_hooks_keep_stays(path, device):
         assert torch.equal(model(images), expected)
     assert len(kept) == 1
     assert all(torch.equal(x, copy) for x, copy in kept[0])
+
+
+def test_who_lives_while_a_block_works(device, monkeypatch):
+    """The stream, and what the mixer, or the projection after it, takes, but nothing else."""
+    model, images = make(device)
+    found = []
+
+    def living(features):
+        shape = (2, 10, features)
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == shape]
+        return len({x.untyped_storage().data_ptr() for x in tensors})
+
+    def watch(name, *features):
+        function = getattr(BlockSequence, name)
+
+        def watching(*args):
+            found.append(tuple(living(f) for f in features))
+            return function(*args)
+
+        monkeypatch.setattr(BlockSequence, name, watching)
+
+    watch("bidirectional_mixer", 32, 128)
+    watch("project", 32, 64, 128)
+    with torch.no_grad():
+        model(images)
+    assert found == [(1, 1), (1, 1, 0)] * 5
 
 
 def test_a_change_of_weights_shows(device):

@@ -121,15 +121,9 @@ class VimBlock(nn.Module):
         )
         flow.clear()
         x = in_proj(x)
-        x = sequence.bidirectional_mixer(
-            x,
-            mixer.forward_branch.tensors(),
-            mixer.backward_branch.tensors(),
-            mixer.merge_scale,
-            out_proj.weight,
-            out_proj.bias,
-        )
-        flow += x, residual
+        branches = mixer.forward_branch.tensors(), mixer.backward_branch.tensors()
+        x = sequence.bidirectional_mixer(x, *branches, mixer.merge_scale)
+        flow += sequence.project(x, out_proj.weight, out_proj.bias), residual
         return True
 
     @torch.jit.ignore

@@ -72,25 +72,31 @@ class BlockSequence:
         forward_branch: list[Tensor],
         backward_branch: list[Tensor],
         merge_scale: float,
-        out_weight: Tensor,
-        out_bias: Tensor | None,
     ) -> Tensor:
-        """Return what the op does."""
+        """Return what the op does without an output projection."""
 
         def function(xz, *branches):
             halves = list(branches[: len(BRANCH)]), list(branches[len(BRANCH) :])
-            _check_mixer(xz, *halves, out_weight, out_bias)
+            _check_mixer(xz, *halves)
             forward = _resolve_mixer("auto", xz).forward
             return (forward(xz, *halves, merge_scale, False, transient=True)[0],)
 
-        mixed = torch.is_autocast_enabled(xz.device.type)
-        with without_autocast(xz.device) if mixed else contextlib.nullcontext():
+        with _products_as_given(xz):
             call = self._call(("bidirectional_mixer", merge_scale), function, {})
-            (y,) = call(xz, *forward_branch, *backward_branch)
-            bias = None if out_bias is None else out_bias.to(y.dtype)
-            return F.linear(y, out_weight.to(y.dtype), bias)
+            return call(xz, *forward_branch, *backward_branch)[0]
+
+    def project(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output projection as the op does it, once nobody needs the op's input."""
+        with _products_as_given(y):
+            return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
 
     def _call(self, key: Hashable, function: Callable, in_place: dict[int, int]) -> Callable:
         if key not in self._calls:
             self._calls[key] = self._repeated(function, in_place)
         return self._calls[key]
+
+
+def _products_as_given(x: Tensor) -> contextlib.AbstractContextManager:
+    """Keep autocast away from products, if it is on."""
+    mixed = torch.is_autocast_enabled(x.device.type)
+    return without_autocast(x.device) if mixed else contextlib.nullcontext()

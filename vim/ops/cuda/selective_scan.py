@@ -84,7 +84,8 @@ def _variant(
         min_blocks = 2 if lanes == 16 else 3
     else:
         min_blocks = 2 if lanes == 4 and dtype.itemsize == 2 and tile is None else 1
-    together = 16 if lanes > 1 and held < 8 else 4 if lanes == 1 and tile is not None else 8
+    eight = lanes > 1 or (held == 16 and dtype.itemsize == 2 and tile is None)
+    together = 16 if lanes > 1 and held < 8 else 8 if eight else 4
     tile = tile or _tile(states, lanes, block_channels, dtype)
     together = min(together, tile)
     return Variant(held, lanes, 1, block_channels, tile, together, min_blocks)
