@@ -89,7 +89,20 @@ def test_other_blocks_in_between(options, device, noted):
     expected = by_the_ops(model, images)
     with torch.no_grad():
         assert torch.equal(model(images), expected)
-    assert len(noted) == 5
+    assert len(noted) == 3
+
+
+@pytest.mark.parametrize("ffn", ["none", ["none", "none", "mlp", "none", "none", "none", "none"]])
+def test_streams_after_some_blocks(ffn, device, noted):
+    model, images = make(device, depth=7, ffn=ffn)
+    with torch.enable_grad():
+        expected, streams = model.forward_intermediates(images, indices=[1, 3, 4])
+    assert not noted
+    with torch.no_grad():
+        actual, same_streams = model.forward_intermediates(images, indices=[1, 3, 4])
+    assert len(noted) in (2, 3)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(same_streams, streams, strict=True))
 
 
 def test_autocast(device):

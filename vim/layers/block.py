@@ -89,7 +89,7 @@ class VimBlock(nn.Module):
         if sequence is not None:
             if self._run_in(sequence, flow):
                 return
-            sequence.interrupt()
+            sequence.keep()
         if not is_bare(self):
             flow[:] = self(*flow)[:2]
             return

@@ -7,7 +7,7 @@ Size letters: B batch, M patches, P prefix tokens, L = P + M tokens, D embed_dim
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -397,16 +397,46 @@ class VisionMamba(nn.Module):
     def _infer_features(self, x: Tensor) -> Tensor:
         """Return what `forward_features` does, in less memory; see `VimBlock.run`."""
         flow = [self._embed(x), None]
-        sequence = BlockSequence(flow[0]) if BlockSequence.serves(flow[0]) else None
-        for block in self.blocks:
-            if type(block) is VimBlock:
-                block.run(flow, sequence)
-            else:
-                flow[:] = block(*flow)[:2]
-                if sequence is not None:
-                    sequence.interrupt()
+        self._infer_blocks(flow, self.blocks, ())
         x, _ = self.norm(self.drop_path(flow[0]), flow[1])
         return self.token_order.separate(x)
+
+    @torch.jit.ignore
+    def _infer_blocks(
+        self, flow: list[Tensor | None], blocks: Sequence[nn.Module], take: Collection[int]
+    ) -> list[Tensor]:
+        """`_run_blocks` without gradients, in less memory and less of the host's time."""
+        streams = []
+        sequence = BlockSequence(flow[0]) if BlockSequence.serves(flow[0]) else None
+        for i, block in enumerate(blocks):
+            if type(block) is VimBlock and i - 1 not in take:
+                block.run(flow, sequence)
+                continue
+            *flow[:], found = block(*flow)
+            if i - 1 in take:
+                streams.append(found)
+            if sequence is not None:
+                sequence.keep()
+        return streams
+
+    def _run_blocks(
+        self, flow: list[Tensor | None], blocks: Sequence[nn.Module], take: Collection[int]
+    ) -> list[Tensor]:
+        """Replace [tokens, stream] by those after the blocks; return the streams after some.
+
+        Args:
+            take: indices of blocks. The stream after a block is what the next one finds; that after
+                the last of all is not returned.
+        """
+        streams = []
+        for i, block in enumerate(blocks):
+            if self.grad_checkpointing:
+                *flow[:], found = checkpoint(block, *flow)
+            else:
+                *flow[:], found = block(*flow)
+            if i - 1 in take:
+                streams.append(found)
+        return streams
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Return the pooled tokens: (B, P + M, D) -> (B, D), or all of them for ""."""
@@ -460,16 +490,11 @@ class VisionMamba(nn.Module):
         take, last = feature_take_indices(len(self.blocks), indices)
         size = x.shape[2:]
         blocks = self.blocks[: last + 1] if stop_early else self.blocks
-        streams = []
-        x, residual = self._embed(x), None
+        run_blocks = self._infer_blocks if _in_plain_inference(x) else self._run_blocks
+        flow = [self._embed(x), None]
         grid = self.patch_embed.dynamic_feat_size((size[0], size[1]))
-        for i, block in enumerate(blocks):
-            if self.grad_checkpointing:
-                x, residual, found = checkpoint(block, x, residual)
-            else:
-                x, residual, found = block(x, residual)
-            if i - 1 in take:
-                streams.append(found)
+        streams = run_blocks(flow, blocks, take)
+        x, residual = flow
         final, residual = self.norm(self.drop_path(x), residual)
         if len(blocks) - 1 in take:
             streams.append(residual)

@@ -32,6 +32,7 @@ class BlockSequence:
     def __init__(self, x: Tensor) -> None:
         self._repeated = _resolve_mixer("auto", x).Repeated
         self._calls: dict[Hashable, Callable[..., tuple]] = {}
+        self._keeps = False
 
     @staticmethod
     def serves(x: Tensor) -> bool:
@@ -42,9 +43,9 @@ class BlockSequence:
         backends = _resolve_mixer("auto", x), _resolve_norm("auto", x, x.dtype)
         return all(hasattr(backend, "Repeated") for backend in backends)
 
-    def interrupt(self) -> None:
-        """Start again, after a block of another kind: somebody may have kept its results."""
-        self._calls.clear()
+    def keep(self) -> None:
+        """Leave the tensors that the next `add_norm` takes as they are: somebody may have them."""
+        self._keeps = True
 
     def add_norm(
         self,
@@ -55,7 +56,7 @@ class BlockSequence:
         eps: float,
         kind: str,
     ) -> tuple[Tensor, Tensor]:
-        """Return what the op does, perhaps in the memory of `x` and of `residual`."""
+        """Return what the op does, perhaps in the memory of `x` and of `residual`; see `keep`."""
 
         def function(x, residual, weight, bias):
             _check_norm(x, residual, weight, bias, eps, kind, torch.float32)
@@ -64,6 +65,8 @@ class BlockSequence:
             return forward(x, residual, weight, bias, eps, kind, dtype)[:2]
 
         call = self._call(("add_norm", eps, kind), function, {0: 0, 1: 1})
+        if self._keeps:
+            self._keeps, call = False, function
         return call(x, residual, weight, bias)
 
     def bidirectional_mixer(
