@@ -1,5 +1,7 @@
 """Fixtures for the whole suite: seeds, poisoned memory, GPUs, and the backends that can serve."""
 
+import contextlib
+import importlib
 import os
 import random
 from typing import NamedTuple
@@ -15,6 +17,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        # mmengine's yapf writes a file to the user's cache when it is first imported: were it for
+        # pytest-xdist's workers to do so, one might read what another has not finished.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("yapf")
     for entry in (
         # Said by operations that stay nondeterministic under `poisoned_memory`, which wants NaN.
         "ignore:.* does not have a deterministic implementation:UserWarning",
