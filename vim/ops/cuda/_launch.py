@@ -83,6 +83,18 @@ class _View(NamedTuple):
         return typed.as_strided(self.shape, self.stride, self.offset // self.dtype.itemsize)
 
 
+class _Plan(NamedTuple):
+    """What `Repeated` does instead of calling its function."""
+
+    size: int
+    """Bytes of all that the function makes."""
+    steps: list[tuple]
+    """(start, words, places): the kernel's arguments, and which of them are (at, argument, offset)
+    addresses; or (torch.bmm, views of factors and product, nothing)."""
+    results: list[_View | int]
+    """Where each is, or the argument whose memory it takes."""
+
+
 class Repeated:
     """A function of tensors that launches kernels, for many calls with tensors of one kind.
 
@@ -103,9 +115,7 @@ class Repeated:
         self._in_place = in_place
         self._kinds: list | None = None  # of what can be repeated
         self._refused: list | None = None  # of what cannot
-        self._bytes = 0
-        self._steps: list[tuple] = []
-        self._results: list[_View | int] = []  # or of which argument it takes the memory
+        self._plan: _Plan | None = None
 
     def __call__(self, *tensors: Tensor | None) -> tuple:
         kinds = [x if x is None else _kind(x) for x in tensors]
@@ -113,9 +123,10 @@ class Repeated:
             if kinds == self._refused:
                 return self._function(*tensors)
             return self._first(tensors, kinds)
-        memory = tensors[0].new_empty(self._bytes, dtype=torch.uint8)
+        size, steps, results = self._plan
+        memory = tensors[0].new_empty(size, dtype=torch.uint8)
         addresses = [0 if x is None else x.data_ptr() for x in (*tensors, memory)]
-        for start, words, places in self._steps:
+        for start, words, places in steps:
             if start is torch.bmm:
                 a, b, product = (view.of(memory) for view in words)
                 torch.bmm(a, b, out=product)
@@ -123,7 +134,7 @@ class Repeated:
             for at, index, offset in places:
                 words[at] = addresses[index] + offset
             start(words)
-        return tuple(tensors[x] if type(x) is int else x.of(memory) for x in self._results)
+        return tuple(tensors[x] if type(x) is int else x.of(memory) for x in results)
 
     def _first(self, tensors: tuple, kinds: list) -> tuple:
         """Call the function, and note what it starts."""
@@ -133,44 +144,60 @@ class Repeated:
             results = self._function(*tensors)
         finally:
             _this_thread.noted = None
-        spans = sorted((*_span(x), i, 0) for i, x in enumerate(tensors) if x is not None)
-        touched = [x for call in noted for x in call[-1] if isinstance(x, Tensor)]
-        used = {place[0] for place in (_place(x, spans) for x in touched) if place}
-        apart = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-        if not apart or used != {i for *_, i, _ in spans}:
-            return results  # two arguments share memory, or something else has read one
-        for result, argument in self._in_place.items():
-            over = tensors[argument]
-            if over is None or _kind(over)[:-1] != _kind(results[result])[:-1]:
-                return results
-            spans.append((*_span(results[result]), argument, 0))
-        self._bytes = 0
-        made = (x.untyped_storage() for x in (*touched, *results) if _place(x, spans) is None)
-        for begin, size in dict.fromkeys((x.data_ptr(), x.nbytes()) for x in made):
-            spans.append((begin, begin + size, len(tensors), self._bytes))
-            self._bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-
-        def view_of(x: Tensor) -> _View | None:
-            index, offset = _place(x, spans)
-            return _View(x.shape, x.stride(), x.dtype, offset) if index == len(tensors) else None
-
-        steps: list[tuple] = []
-        for start, arguments in noted:
-            if start is torch.bmm:
-                steps.append((start, [view_of(x) for x in arguments], []))
-                if None in steps[-1][1]:
-                    return results
-                continue
-            found = [
-                (at, _place(x, spans)) for at, x in enumerate(arguments) if isinstance(x, Tensor)
-            ]
-            steps.append((start, _words(arguments), [(at, *place) for at, place in found]))
-        self._results = [
-            self._in_place[i] if i in self._in_place else view_of(x) for i, x in enumerate(results)
-        ]
-        if None not in self._results:
-            self._kinds, self._refused, self._steps = kinds, None, steps
+        plan = _plan(tensors, noted, results, self._in_place)
+        if plan is not None:
+            self._kinds, self._refused, self._plan = kinds, None, plan
         return results
+
+
+def _plan(
+    tensors: Sequence[Tensor | None],
+    noted: Sequence[tuple[Callable, tuple]],
+    results: tuple[Tensor, ...],
+    in_place: Mapping[int, int],
+) -> _Plan | None:
+    """Return how to do again what was noted, or None where that would not be the same.
+
+    Args:
+        tensors, results: of the function.
+        noted: (what was called, its arguments).
+        in_place: see `Repeated`.
+    """
+    touched = [x for _, arguments in noted for x in arguments if isinstance(x, Tensor)]
+    spans = sorted((*_span(x), i, 0) for i, x in enumerate(tensors) if x is not None)
+    used = {place[0] for place in (_place(x, spans) for x in touched) if place}
+    apart = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    if not apart or used != {i for *_, i, _ in spans}:
+        return None  # two arguments share memory, or something else has read one
+    for result, argument in in_place.items():
+        over = tensors[argument]
+        if over is None or _kind(over)[:-1] != _kind(results[result])[:-1]:
+            return None
+        spans.append((*_span(results[result]), argument, 0))
+
+    # What the function made, side by side in one piece of memory, counts as an argument after them.
+    own, size = len(tensors), 0
+    made = (x.untyped_storage() for x in (*touched, *results) if _place(x, spans) is None)
+    for begin, length in dict.fromkeys((x.data_ptr(), x.nbytes()) for x in made):
+        spans.append((begin, begin + length, own, size))
+        size += -(-length // _ALIGNMENT) * _ALIGNMENT
+
+    def view_of(x: Tensor) -> _View | None:
+        index, offset = _place(x, spans)
+        return _View(x.shape, x.stride(), x.dtype, offset) if index == own else None
+
+    steps: list[tuple] = []
+    for start, arguments in noted:
+        if start is torch.bmm:
+            steps.append((start, [view_of(x) for x in arguments], []))
+            if None in steps[-1][1]:
+                return None
+        else:
+            found = ((at, x) for at, x in enumerate(arguments) if isinstance(x, Tensor))
+            places = [(at, *_place(x, spans)) for at, x in found]
+            steps.append((start, _words(arguments), places))
+    views = [in_place[i] if i in in_place else view_of(x) for i, x in enumerate(results)]
+    return None if None in views else _Plan(size, steps, views)
 
 
 def _kind(x: Tensor) -> tuple:
