@@ -7,6 +7,9 @@ A backend is a module ``vim.ops.<backend>.<op>`` with three functions:
 - ``unavailable(device, dtype) -> str | None``: None where the backend can serve, else the reason
   and the remedy in one sentence.
 
+A backend that can start again what a call has started also has `Repeated`; see
+`vim.ops.block_sequence`.
+
 Modules are imported when first asked for, so that importing `vim` compiles nothing and needs
 neither Triton nor CUDA.
 """

@@ -23,7 +23,7 @@ class BlockSequence:
 
     The first block does what the ops do. Those after it that have the same sizes start the same
     kernels with weights of their own, and leave the ops' checks and choices out: the results are
-    the same, for a third of the host's time. `serves` says where this can be.
+    the same, for less than half of the host's time. `serves` says where this can be.
 
     Args:
         x: the tokens that the first block gets.

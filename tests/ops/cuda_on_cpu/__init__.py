@@ -38,7 +38,6 @@ LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4"
 PTX = {
     "ex2.approx": "y = device::exp2_approx(x);",
     "rcp.approx": "y = 1.f / x;",
-    "lg2.approx": "y = std::log2(x);",
     f"{MMA}.bf16": "device::multiply_halves(__nv_bfloat16(), d, a, b);",
     f"{MMA}.f16": "device::multiply_halves(__half(), d, a, b);",
     f"{MMA}.tf32": "device::multiply_tf32(d, a, b, c);",
