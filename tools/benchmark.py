@@ -40,7 +40,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         "--models",
         nargs="+",
         default=["vim_tiny_patch16_224", "deit_tiny_patch16_224@flash"],
-        help="timm models; @flash, @efficient or @math names the kernel of attention",
+        help="timm models; @flash, @efficient or @math names the kernel of attention, @keep-states "
+        "has a Vim keep its scans' states in training",
     )
     parser.add_argument("--img-sizes", nargs="+", type=positive_int, default=[224])
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[128])

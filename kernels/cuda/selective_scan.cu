@@ -24,7 +24,13 @@ enum Mode {
     STATES_ONLY = 1,    // no y: states before the tiles, or states after the chunks
     STATES_AND_DZ = 2,  // for the backward: states before the tiles, the gradient of z, y again
     OUTPUT_OVER_U = 3,  // y, where forward's u is
+    OUTPUT_AND_STATES = 4,  // y, and for the backward y before its gate and states
 };
+
+// Tokens between the states that a mode leaves in `tile_states`: those of the backward's tiles. Its
+// own first pass has the same tiles.
+template <int T, int MODE>
+constexpr int STATE_TOKENS = MODE == OUTPUT_AND_STATES ? 8 : T;
 
 // Whether y is all that a launch leaves, so that step sizes need not be exact to float32: a single
 // direction leaves its final state as well.
@@ -222,17 +228,29 @@ __device__ __forceinline__ void wait_for_team(int team) {
     }
 }
 
+// Blocks that a multiprocessor need not hold. sm_80's code needs a few registers more to leave states.
+template <int S, int MODE>
+#if __CUDA_ARCH__ >= 900
+constexpr int FEWER = FEWER_BLOCKS;
+#else
+constexpr int FEWER = S > 1 && MODE == OUTPUT_AND_STATES ? 1 : FEWER_BLOCKS;
+#endif
+
 // U tokens are scanned at a time. VECTOR: every access can be vectorised, and all N states exist.
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
           int STEPS, bool SOFTPLUS, bool VECTOR, int MIN_BLOCKS>
 __global__ void __launch_bounds__(CH / CPT * S * DIRS,
-                  MIN_BLOCKS > FEWER_BLOCKS ? MIN_BLOCKS - FEWER_BLOCKS : 1)
+                  MIN_BLOCKS > FEWER<S, MODE> ? MIN_BLOCKS - FEWER<S, MODE> : 1)
 selective_scan_fwd_kernel(const ScanParams p) {
     constexpr int N = NS * S;
     constexpr int TEAM = CH / CPT * S;  // threads of a direction
     constexpr int QUAD = N < 4 ? N : 4;
     constexpr bool HAS_Y = MODE != STATES_ONLY;
     constexpr bool ROUNDED = ONLY_ROUNDED<scalar_t, DIRS, MODE>;
+    constexpr int SPACING = STATE_TOKENS<T, MODE>;
+    static_assert(MODE != OUTPUT_AND_STATES ||
+                      (T % SPACING == 0 && (S == 1 ? SPACING % U : U % SPACING) == 0),
+                  "states are left where tokens that are scanned together begin");
     using Shared = TeamShared<scalar_t, NS, S, CPT, CH, T, U, DIRS, MODE, STEPS>;
     __shared__ Shared shared[DIRS];
 
@@ -302,9 +320,9 @@ selective_scan_fwd_kernel(const ScanParams p) {
     constexpr bool OVER_U = DIRS == 2 && MODE == OUTPUT_OVER_U;
     const long long own_share = OVER_U && team == 1 ? p.u_dir : 0;
     const long long other_share = OVER_U && team == 0 ? p.u_dir : 0;
-    scalar_t *gated =
-        const_cast<scalar_t *>(start_of(p.gated, batch * p.length * p.channels, p.channels));
-    const int gated_stride = sign * static_cast<int>(p.channels);
+    scalar_t *more =
+        const_cast<scalar_t *>(start_of(p.more, batch * p.length * p.channels, p.channels));
+    const int more_stride = sign * static_cast<int>(p.channels);
     const long long B_offset = team * p.B_dir + batch * p.B_batch + group * p.B_group;
     const long long C_offset = team * p.C_dir + batch * p.C_batch + group * p.C_group;
     const long long BC_stride = matrices.is_C ? p.C_token : p.B_token;
@@ -392,6 +410,39 @@ selective_scan_fwd_kernel(const ScanParams p) {
         for (int j = 0; j < Item::VEC; ++j) skip[j] += 0.f;
     }
 
+    // Leave the states before the tokens to come, for the backward, which takes tiles of its own.
+    constexpr int ROWS_AT_ONCE = S == 1 || SPACING == T ? SPACING : U;
+    const int first_row = walk.low(0) / ROWS_AT_ONCE * ROWS_AT_ONCE;
+    const int state_tiles = static_cast<int>((p.length + SPACING - 1) / SPACING);
+    const int state_tile = static_cast<int>(first_token / SPACING) +
+                           (sign > 0 ? 0 : (tiles * T - first_row) / SPACING - 1);
+    const int quad_stride = static_cast<int>(p.channels) * QUAD;
+    const int states_step = sign * (N / QUAD) * quad_stride;
+    float *states_to =
+        p.tile_states +
+        (((team * p.batch + batch) * state_tiles + state_tile) * (N / QUAD) + s * NS / QUAD) *
+            quad_stride + (d0 + c0) * QUAD + s * NS % QUAD;
+    // How many follow along L: none is negative. Those of a thread without channels never exist.
+    int following = p.tile_states != nullptr && c0 < channels ? state_tiles - 1 - state_tile
+                                                              : -(1 << 30);
+    auto leave_states = [&] {
+#pragma unroll
+        for (int j = 0; j < CPT; ++j) {
+            constexpr int W = NS < QUAD ? NS : QUAD;
+#pragma unroll
+            for (int i = 0; i < NS; i += W) {
+                Packet<float, W> packet;
+#pragma unroll
+                for (int k = 0; k < W; ++k) packet.at[k] = lane.h[j][i + k];
+                if (following >= 0 && (CPT == 1 || c0 + j < channels))
+                    *reinterpret_cast<Packet<float, W> *>(states_to + i / W * quad_stride +
+                                                          j * QUAD) = packet;
+            }
+        }
+        following -= sign;
+        states_to += states_step;
+    };
+
     prefetch(0);
     commit_copies();
     if constexpr (STEPS > 0) {
@@ -436,36 +487,28 @@ selective_scan_fwd_kernel(const ScanParams p) {
         if (step + 1 < tiles) prefetch(step + 1);
         commit_copies();
 
-        if (MODE != OUTPUT && MODE != OUTPUT_OVER_U && p.tile_states != nullptr) {
-            const long long all_tiles = (p.length + T - 1) / T;
-            const long long row =
-                (team * p.batch + batch) * all_tiles + first_token / T + walk.tile(step);
-#pragma unroll
-            for (int j = 0; j < CPT; ++j) {
-                if (c0 + j >= channels) continue;
-                constexpr int W = NS < QUAD ? NS : QUAD;
-#pragma unroll
-                for (int i = 0; i < NS; i += W) {
-                    const int n = s * NS + i;
-                    Packet<float, W> packet;
-#pragma unroll
-                    for (int k = 0; k < W; ++k) packet.at[k] = lane.h[j][i + k];
-                    const long long at =
-                        ((row * (N / QUAD) + n / QUAD) * p.channels + d0 + c0 + j) * QUAD + n % QUAD;
-                    *reinterpret_cast<Packet<float, W> *>(p.tile_states + at) = packet;
-                }
-            }
-        }
+        if (MODE == STATES_ONLY || MODE == STATES_AND_DZ) leave_states();
 
         // Stage 2: the recurrence.
         if constexpr (S == 1) {
+            auto scan = [&](int &r, int end) {
+#pragma unroll 1
+                for (; r + U <= end; r += U)
+                    scan_rows<U, MODE, SOFTPLUS, ROUNDED, scalar_t>(lane, my, stage, r, c0, delta_sum);
+#pragma unroll 1
+                for (; r < end; ++r)
+                    scan_rows<1, MODE, SOFTPLUS, ROUNDED, scalar_t>(lane, my, stage, r, c0, delta_sum);
+            };
             int r = low;
+            if constexpr (MODE == OUTPUT_AND_STATES) {
 #pragma unroll 1
-            for (; r + U <= high; r += U)
-                scan_rows<U, MODE, SOFTPLUS, ROUNDED, scalar_t>(lane, my, stage, r, c0, delta_sum);
-#pragma unroll 1
-            for (; r < high; ++r)
-                scan_rows<1, MODE, SOFTPLUS, ROUNDED, scalar_t>(lane, my, stage, r, c0, delta_sum);
+                while (r < high) {
+                    leave_states();
+                    scan(r, min(r / SPACING * SPACING + SPACING, high));
+                }
+            } else {
+                scan(r, high);
+            }
         } else {
             // A warp works out the step sizes of its channels for the whole tile, two a lane.
             constexpr int NEXT_ROW = CPT == 1 ? 1 : CH;  // in `drive`
@@ -539,6 +582,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 }
 #pragma unroll
                 for (int t = 0; t < U; ++t) {
+                    if (MODE == OUTPUT_AND_STATES && t % SPACING == 0) leave_states();
                     float out[CPT];
 #pragma unroll
                     for (int j = 0; j < CPT; ++j) {
@@ -626,15 +670,20 @@ selective_scan_fwd_kernel(const ScanParams p) {
                             out[j] = sum[j] * z_[j] * gate;
                             sum[j] *= dy_[j] * gate * fmaf(z_[j], 1.f - gate, 1.f);
                         }
-                        if (p.gated != nullptr) write(gated + down * gated_stride, out);
+                        if (p.more != nullptr) write(more + down * more_stride, out);
                     } else {
+                        if constexpr (MODE == OUTPUT_AND_STATES) {
+                            const scalar_t *ungated = static_cast<const scalar_t *>(p.more);
+                            const scalar_t *start = static_cast<const scalar_t *>(p.y);
+                            write(y + (ungated - start) + down * y_stride, sum);
+                        }
 #pragma unroll
                         for (int j = 0; j < VEC; ++j) sum[j] *= fast_silu(z_[j]);
                     }
                 }
                 write(y + down * y_stride + (visit == FIRST ? own_share : 0), sum);
             }
-            if constexpr (MODE == STATES_AND_DZ) gated += static_cast<long long>(T) * gated_stride;
+            if constexpr (MODE == STATES_AND_DZ) more += static_cast<long long>(T) * more_stride;
             y += static_cast<long long>(T) * y_stride;
         }
     }

@@ -15,8 +15,10 @@ struct ScanParams {
     const float *dt_bias;    // (dirs, D) or null
     const void *dt_proj;     // (dirs, D, P): then dt is (dirs, B, L, P), to be multiplied; or null
     const float *start;      // (dirs, B, chunks, D, N) state before each chunk, or null for zero
-    void *y;                 // (B, L, D); the gradient of z in STATES_AND_DZ
-    void *gated;             // (B, L, D), contiguous: y again in STATES_AND_DZ; or null
+    void *y;                 // (B, L, D); the gradient of z in STATES_AND_DZ and the backward
+    // (B, L, D), contiguous, or null: y again in STATES_AND_DZ; y before its gate in
+    // OUTPUT_AND_STATES, which leaves it in the strides of y, and in the backward.
+    void *more;
     float *end;              // (dirs, B, chunks, D, N) state after each chunk, or null
     float *delta_sum;        // (dirs, B, chunks, D) sum of a chunk's step sizes, or null
     float *tile_states;      // (dirs, B, tiles, N / QUAD, D, QUAD) state before each tile, or null

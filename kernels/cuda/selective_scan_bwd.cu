@@ -2,7 +2,8 @@
 // docs/scan_backward.md; contract: vim/ops/selective_scan.py.
 //
 // The forward kernel has run once more and left the state before each tile of T tokens, and the
-// gradient of z. A block takes the tiles of one direction and CH channels from the last in scan
+// gradient of z; or it left those states the first time, and y before its gate, of which that gradient
+// is made here (DZ). A block takes the tiles of one direction and CH channels from the last in scan
 // order to the first: it recomputes the states of the tile from the saved one, keeps them in
 // registers, with the decays of the last KEPT tokens, and runs the adjoint recurrence over them in
 // reverse. What a tile needs and no state is worked out while the tile after it is finished: both are
@@ -45,9 +46,9 @@ __device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const float (&a
 __device__ __forceinline__ void keep(int &x) { asm("" : "+r"(x)); }
 __device__ __forceinline__ void keep(float &x) { asm("" : "+f"(x)); }
 
-// CARRY: only `dstart` and `delta_sum` are written.
+// CARRY: only `dstart` and `delta_sum` are written. DZ: the gradient of z, too.
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int KEPT, bool SOFTPLUS,
-          bool VECTOR, bool CARRY, int MIN_BLOCKS>
+          bool VECTOR, bool CARRY, bool DZ, int MIN_BLOCKS>
 __global__ void __launch_bounds__(CH / CPT * S, MIN_BLOCKS)
 selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     constexpr int N = NS * S;
@@ -74,7 +75,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     constexpr int STRIDE = TENSOR ? 4 : LANES;
     // A thread brings parts of u, dt, dy and z; of only two of them where two sets of threads can
     // share the work.
-    constexpr int U = 0, DT = 1, DY = 2, Z = 3, INPUTS = 4;
+    constexpr int U = 0, DT = 1, DY = 2, Z = 3, INPUTS = 4, UNGATED = 4;
     constexpr int SETS = THREADS * static_cast<int>(16 / sizeof(scalar_t)) >= 2 * T * CH ? 2 : 1;
     using Item = TileItem<T, CH, THREADS / SETS, scalar_t>;
     using Matrices = MatrixItem<T, NS, S, THREADS, scalar_t>;
@@ -98,7 +99,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
     };
     __shared__ Team teams[TEAMS];
     __shared__ struct {
-        alignas(16) scalar_t inputs[2][INPUTS][T][PITCH];
+        alignas(16) scalar_t inputs[2][INPUTS + DZ][T][PITCH];
         alignas(16) float BC[2][T][Matrices::PITCH];
         alignas(16) float2 dBC[T][SHARES][N];
         Packet<float, W> starts[CPT * NS / W][THREADS];  // read by the thread that asked for them
@@ -173,6 +174,11 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     item.column;
         input_strides[k] = sign * static_cast<int>(stride);
     }
+    // Both directions have the same z: the first sees to its gradient.
+    const bool has_dz = DZ && dir == 0;
+    const scalar_t *ungated = static_cast<const scalar_t *>(p.more) +
+                              (batch * p.length + item_token) * p.channels + block_d0 + item.column;
+    const int channel_stride = sign * static_cast<int>(p.channels);  // of contiguous tokens
     const long long B_offset = dir * p.B_dir + batch * p.B_batch + group * p.B_group;
     const long long C_offset = dir * p.C_dir + batch * p.C_batch + group * p.C_group;
     const long long BC_stride = matrices.is_C ? p.C_token : p.B_token;
@@ -196,6 +202,11 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
             if (which == Z && !has_z) continue;
             item.read(my.inputs[stage][which], inputs[k], input_strides[k], low, high, VECTOR);
             inputs[k] -= T * static_cast<long long>(input_strides[k]);
+        }
+        if constexpr (DZ) {
+            if (has_dz && set == 0)
+                item.read(my.inputs[stage][UNGATED], ungated, channel_stride, low, high, VECTOR);
+            ungated -= T * static_cast<long long>(channel_stride);
         }
         matrices.load(BC, BC_step, low, high, VECTOR);
         BC -= T * static_cast<long long>(BC_step);
@@ -260,11 +271,13 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
 
     // Where the gradients of row 0 of the first tile go, and the distance of rows.
     const int states = p.states;
-    const int own_stride = sign * static_cast<int>(p.channels);
     const long long own_first =
         (item_row * p.length + last + walk.first(2 * own_row)) * p.channels + d0 + own_channel;
     scalar_t *du_to = static_cast<scalar_t *>(grad.du) + own_first;
     scalar_t *ddt_to = static_cast<scalar_t *>(grad.ddt) + own_first;
+    const int dz_stride = sign * static_cast<int>(p.y_token);
+    scalar_t *dz_to = static_cast<scalar_t *>(p.y) + batch * p.y_batch +
+                      (last + walk.first(2 * own_row)) * p.y_token + d0 + own_channel;
     const int dBC_stride = sign * static_cast<int>(p.groups) * 2 * states;
     const long long partial_rows =
         gridDim.x / static_cast<unsigned>(group_blocks * p.groups * p.chunks);
@@ -387,6 +400,37 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
             team.slopes[pair][own_pair] =
                 make_float4(slope[0][0], slope[0][1], slope[1][0], slope[1][1]);
         }
+    };
+
+    // The gradient of z, two tokens and two channels a thread.
+    auto write_dz = [&](int step) {
+        const int stage = step & 1, low = low_of(step), high = high_of(step);
+#pragma unroll
+        for (int pair = own_row; pair < T / 2; pair += OWN_STEP) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int r = 2 * pair + e;
+                float dz[2], z_[2], dy_[2];
+                load(&my.inputs[stage][UNGATED][r][staged_channel], dz);
+                load(&my.inputs[stage][Z][r][staged_channel], z_);
+                load(&my.inputs[stage][DY][r][staged_channel], dy_);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float gate = fast_sigmoid(z_[i]);
+                    dz[i] *= dy_[i] * gate * fmaf(z_[i], 1.f - gate, 1.f);
+                }
+                if (r < low || r >= high || own_channel >= channels) continue;
+                scalar_t *to = dz_to + (r - 2 * own_row) * static_cast<long long>(dz_stride);
+                if (VECTOR) {
+                    store(to, dz);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        if (own_channel + i < channels) to[i] = from_float<scalar_t>(dz[i]);
+                }
+            }
+        }
+        dz_to -= T * static_cast<long long>(dz_stride);
     };
 
     prefetch(tiles - 1);
@@ -616,7 +660,7 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
                     dbias[i] += ddt[i];
                 }
                 if (r < low || r >= high || own_channel >= channels) continue;
-                const long long at = (2 * k * OWN_STEP + e) * static_cast<long long>(own_stride);
+                const long long at = (2 * k * OWN_STEP + e) * static_cast<long long>(channel_stride);
                 if (VECTOR) {
                     store(du_to + at, du);
                     store(ddt_to + at, ddt);
@@ -631,8 +675,11 @@ selective_scan_bwd_kernel(const ScanParams p, const ScanGradients grad) {
             }
             totals = total;
         }
-        du_to -= T * static_cast<long long>(own_stride);
-        ddt_to -= T * static_cast<long long>(own_stride);
+        du_to -= T * static_cast<long long>(channel_stride);
+        ddt_to -= T * static_cast<long long>(channel_stride);
+        if constexpr (DZ) {
+            if (has_dz) write_dz(step);
+        }
         prepare(step - 1);  // of nothing at the last step, but without a branch
         if (step % SUM_TILES == 0) add_parameters(step + SUM_TILES >= tiles);
         __syncthreads();

@@ -41,6 +41,20 @@ def test_dtypes(dtype):
     assert result.skipped is None
 
 
+def test_variants_of_a_model(monkeypatch):
+    created = []
+    create = engine.timm.create_model
+    monkeypatch.setattr(
+        engine.timm, "create_model", lambda *a, **k: created.append(k) or create(*a, **k)
+    )
+    model = "vim_tiny_patch16_224@keep-states"
+    kept, vit = run(Case(model, 32, 1, "float32"), Case("test_vit2@keep-states", **SMALL))
+    assert kept.skipped is None
+    assert kept.case.model == model
+    assert created[0] == {"img_size": 32, "keep_states": True}
+    assert "keep_states" in vit.skipped  # timm's models have no such argument
+
+
 def test_a_case_that_cannot_run_says_why_and_the_others_go_on():
     cases = [
         Case("test_vit2", execution="cuda-graph", **SMALL),
@@ -79,7 +93,7 @@ def test_models_of_a_case_take_turns(monkeypatch):
     ("changes", "message"),
     [
         ({"model": "vim_tinny"}, "no model 'vim_tinny'"),
-        ({"model": "test_vit2@fast"}, "flash, efficient, math"),
+        ({"model": "test_vit2@fast"}, "flash, efficient, math, keep-states"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"task": "sleep"}, "task must be one of"),
         ({"execution": "fast"}, "execution must be one of"),

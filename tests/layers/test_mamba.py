@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vim.layers import BidirectionalMamba, MambaBranch
+from vim.layers import BidirectionalMamba, MambaBranch, mamba
 
 DIM = 24
 FLOAT32_PARAMETERS = {"A_log", "D", "dt_bias"}
@@ -66,6 +66,20 @@ def test_merge(merge, scale):
     forward, backward = branches(mixer, x)
     expected = scale * (forward + backward) @ mixer.out_proj.weight.T
     torch.testing.assert_close(mixer(x), expected)
+
+
+@pytest.mark.parametrize("norm_after_scan", [False, True])
+def test_states_are_kept_where_asked(norm_after_scan, monkeypatch):
+    asked = []
+    mixer = mamba.bidirectional_mixer
+    monkeypatch.setattr(
+        mamba,
+        "bidirectional_mixer",
+        lambda *a, keep_states, **k: asked.append(keep_states) or mixer(*a, **k),
+    )
+    for keep_states in (False, True):
+        make_mixer(norm_after_scan=norm_after_scan, keep_states=keep_states)(tokens())
+    assert asked == [False, True]
 
 
 def test_norm_after_scan_stands_between_merge_and_projection():

@@ -45,6 +45,7 @@ VARIANTS = {
     "layer_norm": {"norm_layer": "layer"},
     "norm_after_scan": {"norm_after_scan": True},
     "sum": {"merge": "sum"},
+    "keep_states": {"keep_states": True},
     "mixer_sizes": {"d_state": 5, "d_conv": 3, "expand": 1.5, "dt_rank": 3},
     "dynamic": {"dynamic_img_size": True, "dynamic_img_pad": True},
     "one_block": {"depth": 1},

@@ -67,7 +67,7 @@ def make_out(shape, bias=True):
     return [weight, torch.randn(features, generator=generator)][: 1 + bias]
 
 
-def check(shape, dtype, backend, out=()):
+def check(shape, dtype, backend, out=(), keep_states=False):
     xz, forward_branch, backward_branch = make(shape, dtype)
     branches = [*forward_branch, *backward_branch, *out]
     features = out[0].shape[0] if out else xz.shape[2] // 2
@@ -79,7 +79,8 @@ def check(shape, dtype, backend, out=()):
     ]
     truth = run(bidirectional_mixer_reference, xz, rounded, dy, torch.float64)
     baseline = run(bidirectional_mixer, xz, branches, dy, backend="reference")
-    actual = run(bidirectional_mixer, xz, branches, dy, device=backend.device, backend=backend.name)
+    options = {"device": backend.device, "backend": backend.name, "keep_states": keep_states}
+    actual = run(bidirectional_mixer, xz, branches, dy, **options)
     assert_close_to_truth(actual, truth, baseline)
 
 
@@ -94,6 +95,33 @@ def test_output_and_every_gradient(shape, dtype, backend):
 @pytest.mark.parametrize("shape", list(SHAPES.values())[1:], ids=list(SHAPES)[1:])
 def test_with_the_output_projection(shape, bias, dtype, backend):
     check(shape, dtype, backend, make_out(shape, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("projected", [False, True], ids=["", "projected"])
+@pytest.mark.parametrize("shape", list(SHAPES.values())[1:], ids=list(SHAPES)[1:])
+def test_states_kept_for_the_backward(shape, projected, dtype, backend):
+    check(shape, dtype, backend, make_out(shape) if projected else (), keep_states=True)
+
+
+def check_compiled_training(backend, keep_states):
+    """What is saved has the shapes that the compiler was told."""
+    shape = SHAPES["B2-L33-D40-N16"]
+    xz, *branches = make(shape, torch.bfloat16)
+    branches = [*branches[0], *branches[1], *make_out(shape)]
+    dy = torch.randn(2, 33, 23).bfloat16()
+    options = {"device": backend.device, "backend": backend.name, "keep_states": keep_states}
+    compiled = torch.compile(bidirectional_mixer, fullgraph=True, backend="aot_eager")
+    expected, actual = (
+        run(function, xz, branches, dy, **options) for function in (bidirectional_mixer, compiled)
+    )
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("keep_states", [False, True], ids=["", "keep-states"])
+def test_compiled_training(keep_states, backend):
+    check_compiled_training(backend, keep_states)
 
 
 def check_weights_of_half_precision(shape, dtype, backend):
@@ -122,18 +150,21 @@ def test_weights_of_half_precision(shape, dtype, backend):
 @pytest.mark.parametrize("projected", [False, True], ids=["", "projected"])
 @pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
 def test_output_and_every_gradient_at_size(shape, projected, dtype, backend):
-    check(shape, dtype, backend, make_out(shape) if projected else ())
+    for keep_states in (False, True):
+        check(shape, dtype, backend, make_out(shape) if projected else (), keep_states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_images(dtype, backend):
     xz, *branches = make((0, 5, 64, 16, 3, 4), dtype)
     leaves = [x.to(backend.device).requires_grad_() for x in (xz, *branches[0], *branches[1])]
-    y = bidirectional_mixer(leaves[0], leaves[1:8], leaves[8:], backend=backend.name)
-    assert y.shape == (0, 5, 64)
-    for x, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
-        assert gradient.shape == x.shape
-        assert not gradient.any()
+    for keep_states in (False, True):
+        options = {"backend": backend.name, "keep_states": keep_states}
+        y = bidirectional_mixer(leaves[0], leaves[1:8], leaves[8:], **options)
+        assert y.shape == (0, 5, 64)
+        for x, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+            assert gradient.shape == x.shape
+            assert not gradient.any()
 
 
 @pytest.mark.gpu
@@ -169,14 +200,17 @@ def test_opcheck(save):
     tensors = [x.requires_grad_(save) for x in (xz, *branches[0], *branches[1])]
     for out in ((None, None), make_out(SHAPES["B2-L5-D6-N3"])):
         out = [x if x is None else x.requires_grad_(save) for x in out]
-        args = (tensors[0], tensors[1:8], tensors[8:], *out, 0.5, save, "auto")
-        torch.library.opcheck(torch.ops.vim.bidirectional_mixer.default, args)
+        for keep_states in (False, True):
+            args = (tensors[0], tensors[1:8], tensors[8:], *out, 0.5, save, keep_states, "auto")
+            torch.library.opcheck(torch.ops.vim.bidirectional_mixer.default, args)
 
 
 def test_nothing_is_saved_where_no_gradient_is_asked():
     xz, *branches = make(SHAPES["B2-L5-D6-N3"], torch.float32)
-    _, saved = torch.ops.vim.bidirectional_mixer(xz, *branches, None, None, 0.5, False, "auto")
-    assert saved == []
+    for keep_states in (False, True):
+        options = (None, None, 0.5, False, keep_states, "auto")
+        _, saved = torch.ops.vim.bidirectional_mixer(xz, *branches, *options)
+        assert saved == []
 
 
 def test_autocast_leaves_the_op_alone(backend):

@@ -77,6 +77,19 @@ def test_scan_by_so_many_lanes_a_channel(lanes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("length", [9, 40])
+def test_scan_that_keeps_its_states(length, lanes, dtype):
+    scans.test_states_kept_by_the_forward((16, lanes), length, dtype)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+@pytest.mark.parametrize("shape", [Shape(1, 70, 33, N=3), Shape(2, 66, 48, N=16, G=3)], ids=str)
+def test_scan_that_keeps_its_states_backward_in_chunks(shape, chunk, monkeypatch):
+    scans.test_states_kept_for_a_backward_in_chunks(shape, chunk, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lanes", [1, 8])
 def test_scan_with_dt_as_a_product(lanes, dtype):
     scans.test_dt_as_a_product((16, lanes), 24, dtype)
 
@@ -109,6 +122,12 @@ def test_mixer(name, dtype):
 def test_mixer_with_the_output_projection(name, dtype):
     shape = mixers.SHAPES[name]
     mixers.check(shape, dtype, Emulated, mixers.make_out(shape))
+    mixers.check(shape, dtype, Emulated, mixers.make_out(shape), keep_states=True)
+
+
+@pytest.mark.parametrize("keep_states", [False, True], ids=["", "keep-states"])
+def test_mixer_in_compiled_training(keep_states):
+    mixers.check_compiled_training(Emulated, keep_states)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -124,6 +143,7 @@ def test_mixer_by_kernels_of_tiles(shape, dtype, monkeypatch):
     kernel = mixer.get_kernel
     monkeypatch.setattr(mixer, "get_kernel", lambda *a: used.append(a[0]) or kernel(*a))
     mixers.check(shape, dtype, Emulated)
+    mixers.check(shape, dtype, Emulated, mixers.make_out(shape), keep_states=True)
     assert {"mixer_projection", "mixer_gradients"} <= set(used)
     mixers.check_weights_of_half_precision(shape, dtype, Emulated)
 
@@ -196,13 +216,14 @@ def test_kernels_stay_within_their_tensors(sanitized):
     names = [
         "B1-L9-D65-N16-torch.bfloat16",
         "37-40-bf16",
-        "in_chunks",
+        "test_scan_backward_in_chunks",
+        "B1-L70-D33-N3-64",
         "projection[B2-L5-D6-N3-bf16",
     ]
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-s", "-k", " or ".join(names)]
     done = sanitized("-m", "pytest", *options, __file__)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout
 
 
 def test_unknown_assembly_is_refused():

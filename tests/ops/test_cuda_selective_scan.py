@@ -192,6 +192,17 @@ def test_backward_in_chunks(shape, reverse, dtype):
 @pytest.mark.parametrize("options", [("D", "z", "dt_bias"), ()], ids=["full", "bare"])
 @pytest.mark.parametrize("shape", BOTH, ids=str)
 def test_both_directions(shape, options, dtype):
+    check_both_directions(shape, options, dtype)
+
+
+def check_both_directions(shape, options, dtype, way=None, chunk=None, keep=False):
+    """Check output and gradients.
+
+    Args:
+        way: (N, lanes a channel) of the forward, if not as it chooses.
+        chunk: tokens that the forward takes at a time, if `way` is given.
+        keep: whether the forward leaves for the backward what it needs.
+    """
     inputs, dy = both_directions(shape, dtype, options)
     leaves = {k: v for k, v in inputs.items() if v is not None}
 
@@ -205,10 +216,53 @@ def test_both_directions(shape, options, dtype):
     truth = reference(torch.float64, **as_float64(inputs))
     baseline = reference(torch.float32, **inputs)
     arguments, dy = on_device(inputs, dy)
-    actual = {"y": cuda_scan.forward_bidirectional(*arguments)}
-    gradients = dict(zip(ORDER, cuda_scan.backward_bidirectional(dy, *arguments), strict=True))
+    kept = None
+    if keep:
+        specs = cuda_scan.kept_specs(*shape[:4], dtype)
+        kept = cuda_scan.Kept(*(torch.empty(s, dtype=t, device=DEVICE) for s, t in specs))
+    if way is None:
+        y = cuda_scan.forward_bidirectional(*arguments, kept=kept)
+    else:
+        both = cuda_scan._Scan(*arguments, True, False, 0.5)
+        variant = cuda_scan._variant(*way, dtype, chunked=chunk is not None, keeps=keep)
+        y, _ = cuda_scan._scan_forward(both, None, False, variant, chunk, kept=kept)
+    gradients = cuda_scan.backward_bidirectional(dy, *arguments, kept=kept)
+    actual = {"y": y}
+    gradients = dict(zip(ORDER, gradients, strict=True))
     actual |= {f"d{k}": gradients[k].to(leaves[k].dtype) for k in inputs if k in leaves}
     assert_close_to_truth(actual, truth, baseline)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 24, 59, 149])
+@pytest.mark.parametrize("way", [(16, lanes) for lanes in (1, 2, 4, 8, 16)] + [(1, 1), (8, 1)])
+def test_states_kept_by_the_forward(way, length, dtype):
+    shape = Shape(2, length, 72, N=way[0])
+    for chunk in (None, 64):
+        check_both_directions(shape, ("D", "z", "dt_bias"), dtype, way, chunk, keep=True)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 197, 136, N=16),
+        Shape(1, 70, 33, N=3),
+        Shape(2, 66, 48, N=16, G=3),
+        Shape(1, 65, 9, N=32),
+    ],
+    ids=str,
+)
+def test_states_kept_for_a_backward_in_chunks(shape, chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr(cuda_scan, "_backward_chunk", lambda *_: chunk)
+    check_both_directions(shape, ("z",), torch.bfloat16, keep=True)
+
+
+def test_no_states_are_kept_of_float32_or_of_many():
+    assert len(cuda_scan.kept_specs(1, 5, 8, 32, torch.bfloat16)) == 2
+    assert cuda_scan.kept_specs(1, 5, 8, 33, torch.bfloat16) == []
+    assert cuda_scan.kept_specs(1, 5, 8, 16, torch.float32) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

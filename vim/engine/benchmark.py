@@ -50,6 +50,9 @@ ATTENTION = {
 }
 """What may follow a model's name after "@": the kernel of scaled_dot_product_attention."""
 
+VARIANTS = {"keep-states": {"keep_states": True}}
+"""What else may follow it, and the arguments that the model is given."""
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -69,7 +72,7 @@ class Case:
     """One thing to measure.
 
     Args:
-        model: name of a timm model, perhaps with "@" and a key of `ATTENTION`.
+        model: name of a timm model, perhaps with "@" and a key of `ATTENTION` or `VARIANTS`.
         img_size: side of the images in pixels.
         batch_size: images a step.
         dtype: a key of `DTYPES`.
@@ -94,13 +97,24 @@ class Case:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        name, _, attention = self.model.partition("@")
-        if not timm.is_model(name):
-            raise ValueError(f"timm has no model {name!r}; timm.list_models() names them")
-        if attention and attention not in ATTENTION:
+        if not timm.is_model(self.name):
+            raise ValueError(f"timm has no model {self.name!r}; timm.list_models() names them")
+        allowed = (*ATTENTION, *VARIANTS)
+        if self.variant and self.variant not in allowed:
             raise ValueError(
-                f"after @ stands one of {', '.join(ATTENTION)}, got {attention!r} in {self.model!r}"
+                f"after @ stands one of {', '.join(allowed)}, got {self.variant!r} in "
+                f"{self.model!r}"
             )
+
+    @property
+    def name(self) -> str:
+        """The name that timm knows."""
+        return self.model.partition("@")[0]
+
+    @property
+    def variant(self) -> str:
+        """What follows it, if anything."""
+        return self.model.partition("@")[2]
 
 
 @dataclass
@@ -207,8 +221,8 @@ class _Run:
             self.release()
 
     def _attention(self) -> contextlib.AbstractContextManager:
-        attention = self.case.model.partition("@")[2]
-        return sdpa_kernel(ATTENTION[attention]) if attention else contextlib.nullcontext()
+        attention = ATTENTION.get(self.case.variant)
+        return contextlib.nullcontext() if attention is None else sdpa_kernel(attention)
 
     @property
     def _graphed_training(self) -> bool:
@@ -255,14 +269,13 @@ class _Run:
             return Result(self.case, skipped=self.skipped)
         middle = statistics.median(self.throughputs)
         percentiles = {f"p{p}": _percentile(self.latencies, p) for p in (50, 90, 99)}
-        name = self.case.model.partition("@")[0]
         return Result(
             self.case,
             images_per_second=middle,
             spread=(max(self.throughputs) - min(self.throughputs)) / middle,
             latency_ms=percentiles,
             memory_gib=self.memory,
-            gflops=_gflops(name, self.case.img_size),
+            gflops=_gflops(self.case.name, self.case.img_size),
             parameters=self.parameters,
             repeats=self.throughputs,
         )
@@ -275,12 +288,12 @@ class _Run:
             torch.cuda.empty_cache()
 
 
-def _create(name: str, img_size: int) -> nn.Module:
+def _create(name: str, img_size: int, **options) -> nn.Module:
     """Return the model for images of this size; models of any size take no such argument."""
     try:
-        return timm.create_model(name, img_size=img_size)
+        return timm.create_model(name, img_size=img_size, **options)
     except TypeError:
-        return timm.create_model(name)
+        return timm.create_model(name, **options)
 
 
 @functools.cache
@@ -293,7 +306,7 @@ def _gflops(name: str, img_size: int) -> float:
 def _make_step(case: Case, device: torch.device) -> tuple[Callable[[], object], nn.Module]:
     """Return a function that does one step, and the model."""
     with device:  # where large weights are drawn soonest
-        model = _create(case.model.partition("@")[0], case.img_size)
+        model = _create(case.name, case.img_size, **VARIANTS.get(case.variant, {}))
     dtype, mixed = DTYPES[case.dtype], case.dtype.startswith("autocast")
     if not mixed:
         model = model.to(dtype)

@@ -138,6 +138,8 @@ class BidirectionalMamba(nn.Module):
         norm_after_scan: whether LayerNorm stands between the merge and the output projection,
             which steadies large models, as in FastVim (Kapse et al. 2025).
         bias: whether the input and output projections have one.
+        keep_states: whether a training step keeps the states of the scans for its backward, which
+            is faster and takes more memory; see `vim.ops.bidirectional_mixer`.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class BidirectionalMamba(nn.Module):
         merge: str = "mean",
         norm_after_scan: bool = False,
         bias: bool = False,
+        keep_states: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -161,6 +164,7 @@ class BidirectionalMamba(nn.Module):
         rank = math.ceil(dim / 16) if dt_rank == "auto" else int(dt_rank)
         branch = (d_inner, d_state, d_conv, rank)
         self.merge_scale = 0.5 if merge == "mean" else 1.0
+        self.keep_states = keep_states
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=bias, **dd)
         self.forward_branch = MambaBranch(*branch, **dd)
         self.backward_branch = MambaBranch(*branch, reverse=True, **dd)
@@ -184,9 +188,16 @@ class BidirectionalMamba(nn.Module):
         forward, backward = self.forward_branch.tensors(), self.backward_branch.tensors()
         if not torch.jit.is_scripting():  # noqa: SIM102, since TorchScript would compile the rest
             if _is_plain(self.out_proj) and _is_plain(self.norm):
-                weight, bias = self.out_proj.weight, self.out_proj.bias
                 return bidirectional_mixer(
-                    xz, forward, backward, self.merge_scale, out_weight=weight, out_bias=bias
+                    xz,
+                    forward,
+                    backward,
+                    self.merge_scale,
+                    out_weight=self.out_proj.weight,
+                    out_bias=self.out_proj.bias,
+                    keep_states=self.keep_states,
                 )
-        y = bidirectional_mixer(xz, forward, backward, self.merge_scale)
+        y = bidirectional_mixer(
+            xz, forward, backward, self.merge_scale, keep_states=self.keep_states
+        )
         return self.out_proj(self.norm(y))

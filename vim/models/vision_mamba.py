@@ -76,8 +76,8 @@ class VisionMamba(nn.Module):
             options (`{"name": "mamba2", "d_state": 128}`) or a function of dim, device and dtype;
             or a list of such, one for each block.
         ffn: the feed-forward behind it, of `vim.layers.FFNS`, in the same forms.
-        d_state, d_conv, expand, dt_rank, merge, norm_after_scan: of the mixer "bimamba"; see
-            `BidirectionalMamba`.
+        d_state, d_conv, expand, dt_rank, merge, norm_after_scan, keep_states: of the mixer
+            "bimamba"; see `BidirectionalMamba`.
         norm_layer: "rms" or "layer".
         norm_eps: added to the mean square or the variance.
         class_token: False is the same as `cls_token_position="none"`.
@@ -118,6 +118,7 @@ class VisionMamba(nn.Module):
         dt_rank: int | str = "auto",
         merge: Literal["mean", "sum"] = "mean",
         norm_after_scan: bool = False,
+        keep_states: bool = False,
         norm_layer: Literal["rms", "layer"] = "rms",
         norm_eps: float = 1e-5,
         class_token: bool = True,
@@ -196,6 +197,7 @@ class VisionMamba(nn.Module):
             "dt_rank": dt_rank,
             "merge": merge,
             "norm_after_scan": norm_after_scan,
+            "keep_states": keep_states,
         }
         mixers = build_mixers(mixer, depth, embed_dim, bimamba, **dd)
         ffns = build_ffns(ffn, depth, embed_dim, **dd)

@@ -171,36 +171,57 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
 
 
-def saved_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of what `forward` saves: the results of x_proj."""
+def _kept_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    batch, length, width = xz.shape
+    return selective_scan.kept_specs(batch, length, width // 2, branch[5].shape[1], xz.dtype)
+
+
+def keeps_states(xz: Tensor, branch: list[Tensor]) -> bool:
+    """Whether `forward` has states to keep of such inputs."""
+    return bool(_kept_specs(xz, branch))
+
+
+def saved_specs(
+    xz: Tensor, branch: list[Tensor], keep_states: bool = False
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of what `forward` saves: the results of x_proj, and what is kept."""
     width = _rounded_up(branch[3].shape[1], 8) + 2 * branch[5].shape[1]
-    return [((2, *xz.shape[:2], width), xz.dtype)]
+    kept = _kept_specs(xz, branch) if keep_states else []
+    return [((2, *xz.shape[:2], width), xz.dtype), *kept]
 
 
-def forward(xz, forward_branch, backward_branch, merge_scale, save, transient=False):
+def forward(
+    xz, forward_branch, backward_branch, merge_scale, save, transient=False, keep_states=False
+):
     """Return (y, saved); the signature of `MixerComposition.forward`.
 
     Args:
         transient: whether y is soon let go, so that it may be part of more memory.
+        keep_states: whether to save what spares the backward a scan; see `keeps_states`.
     """
     x, z = xz.chunk(2, dim=-1)
     weights = _Weights(forward_branch, backward_branch, x.dtype)
     u, projected = _projected(weights, x)
+    specs = _kept_specs(xz, forward_branch) if save and keep_states else []
+    kept = [x.new_empty(shape, dtype=dtype) for shape, dtype in specs]
     y = selective_scan.forward_bidirectional(
         *(*weights.scan_inputs(u, projected), z, weights.dt_bias, merge_scale),
         dt_proj=weights.dt_proj,
         overwrite_u=transient,
+        kept=selective_scan.Kept(*kept) if kept else None,
     )
-    return y, [projected] if save else []
+    return y, [projected, *kept] if save else []
 
 
 def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y=None):
     """Return the gradients in one list; the signature of `MixerComposition.backward`.
 
     Args:
-        take_y: is called with what `forward` returned, (B, L, D), which may then be let go.
+        take_y: is called with what `forward` returned, (B, L, D), which may then be let go; not
+            where states were kept.
     """
-    projected = saved[0].contiguous()
+    projected, *kept = saved
+    projected = projected.contiguous()
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
@@ -216,6 +237,7 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
         take_y=take_y,
         overwrite_dt=True,
         dBC=dprojected[..., padded:],
+        kept=selective_scan.Kept(*kept) if kept else None,
     )
     ddt_rank = dprojected.flatten(1, 2)[..., :padded]
     torch.bmm(ddt.flatten(1, 2), weights.dt_proj, out=ddt_rank)
