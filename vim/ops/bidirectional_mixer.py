@@ -69,10 +69,10 @@ def bidirectional_mixer(
             forces one.
         out_weight: (E, D), the output projection: inside the op its input need not be kept.
         out_bias: (E,), added to what `out_weight` gives.
-        keep_states: whether the backward may find the states that it needs in memory, and the
-            output of the scans before and after its gate, instead of scanning forwards again.
-            Faster, for N + 4 bytes more a token and channel; on CUDA, in 16 bits, up to 32
-            states (N rounded up to a power of two). Elsewhere it changes nothing.
+        keep_states: whether the backward may find the states that it needs in memory, u of both
+            directions, and the output of the scans before and after its gate, instead of scanning
+            forwards again. Faster, for N + 8 bytes more a token and channel; on CUDA, in 16 bits,
+            up to 32 states (N rounded up to a power of two). Elsewhere it changes nothing.
 
     Returns:
         (B, L, D), or (B, L, E) with `out_weight`, in the dtype of `xz`.

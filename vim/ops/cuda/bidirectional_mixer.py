@@ -81,9 +81,11 @@ def _rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _inputs(weights: _Weights, x: Tensor, convolve: bool = True) -> Tensor:
-    """Fill in the weights; return both convolutions of x, (2, B, L, D), or only memory for them."""
-    u = x.new_empty(2, *x.shape)
+def _inputs(weights: _Weights, x: Tensor, u: Tensor | None = None) -> Tensor:
+    """Fill in the weights; return both convolutions of x, (2, B, L, D), or `u` as it is."""
+    convolve = u is None
+    if u is None:
+        u = x.new_empty(2, *x.shape)
     branches = [weights.conv[:2], weights.conv[2:]]
     types, (columns, rows, _), arguments = causal_conv1d.forward_launch(x, branches, u)
     rows, block_values = (rows, 512) if convolve else (0, 128)
@@ -113,12 +115,12 @@ def _projected(weights: _Weights, x: Tensor) -> tuple[Tensor, Tensor]:
         return u, _product(u, weights.x_proj)
     batch, length, channels = x.shape
     width, rank = weights.x_proj.shape[1], weights.rank
+    u = x.new_empty(2, batch, length, channels)
     if weights.given == x.dtype:
-        u = x.new_empty(2, batch, length, channels)
         x_proj = weights.arguments[:2]
         weight_blocks = -(-weights.values // 512)
     else:
-        u = _inputs(weights, x, convolve=False)
+        _inputs(weights, x, u)
         x_proj, rank, weight_blocks = weights.x_proj.unbind(), weights.padded_rank, 0
     projected = x.new_empty(2, batch, length, width)
     (weight, bias), (weight_2, bias_2) = causal_conv1d.same_weights(
@@ -172,6 +174,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _kept_specs(xz: Tensor, branch: list[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of `Kept`, if states can be kept."""
     batch, length, width = xz.shape
     return selective_scan.kept_specs(batch, length, width // 2, branch[5].shape[1], xz.dtype)
 
@@ -184,10 +187,14 @@ def keeps_states(xz: Tensor, branch: list[Tensor]) -> bool:
 def saved_specs(
     xz: Tensor, branch: list[Tensor], keep_states: bool = False
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of what `forward` saves: the results of x_proj, and what is kept."""
+    """Return shape and dtype of what `forward` saves: the results of x_proj, and with
+    `keep_states` both convolutions of x and `Kept`."""
+    batch, length, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     width = _rounded_up(branch[3].shape[1], 8) + 2 * branch[5].shape[1]
-    kept = _kept_specs(xz, branch) if keep_states else []
-    return [((2, *xz.shape[:2], width), xz.dtype), *kept]
+    specs = [((2, batch, length, width), xz.dtype)]
+    if keep_states:
+        specs += [((2, batch, length, channels), xz.dtype), *_kept_specs(xz, branch)]
+    return specs
 
 
 def forward(
@@ -197,7 +204,8 @@ def forward(
 
     Args:
         transient: whether y is soon let go, so that it may be part of more memory.
-        keep_states: whether to save what spares the backward a scan; see `keeps_states`.
+        keep_states: whether to save what spares the backward convolutions and a scan, for inputs
+            of which `keeps_states` says so.
     """
     x, z = xz.chunk(2, dim=-1)
     weights = _Weights(forward_branch, backward_branch, x.dtype)
@@ -210,7 +218,8 @@ def forward(
         overwrite_u=transient,
         kept=selective_scan.Kept(*kept) if kept else None,
     )
-    return y, [projected, *kept] if save else []
+    saved = [projected, u, *kept] if kept else [projected]
+    return y, saved if save else []
 
 
 def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y=None):
@@ -220,13 +229,13 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
         take_y: is called with what `forward` returned, (B, L, D), which may then be let go; not
             where states were kept.
     """
-    projected, *kept = saved
+    projected, u, *kept = saved if len(saved) > 1 else [*saved, None]
     projected = projected.contiguous()
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx, dz = dxz.chunk(2, dim=-1)
     weights = _Weights(forward_branch, backward_branch, x.dtype)
-    u = _inputs(weights, x)
+    u = _inputs(weights, x, u)
     padded = weights.padded_rank
     _, dt, *inputs = weights.scan_inputs(u, projected)
     dt = _product(dt, weights.dt_proj)
