@@ -38,6 +38,9 @@ template <typename scalar_t, int DIRS, int MODE>
 constexpr bool ONLY_ROUNDED =
     sizeof(scalar_t) == 2 && DIRS == 2 && (MODE == OUTPUT || MODE == OUTPUT_OVER_U);
 
+template <typename scalar_t> constexpr bool IS_BF16 = false;
+template <> constexpr bool IS_BF16<__nv_bfloat16> = true;
+
 template <bool ROUNDED, typename scalar_t>
 __device__ __forceinline__ float step_size(scalar_t, float x) {
     return softplus<ROUNDED>(x, softplus_exponential<scalar_t>(x));
@@ -211,6 +214,44 @@ __device__ __forceinline__ void scan_rows(Lane<NS, CPT> &lane, Shared &my, int s
         if constexpr (MODE != STATES_ONLY) store(&my.y[r + t][c0], out[t]);
     }
 }
+
+// Sums of U tokens' shares over the S lanes of a channel, with the tensor cores, where a channel's
+// lanes are s = 0, 1 at lane bit 1 and the rest of s at bits 2 and up, and bit 0 is the channel's.
+// Products by ones add up the two lanes of a channel in each row of four, four tokens at a time, and
+// leave half of the tokens in either of them; what is left goes from lane to lane. In tf32, which is
+// finer than the 16 bits that the result is rounded to.
+template <int S, int U>
+struct PairSums {
+    float pick[2][2];
+    int s;
+
+    __device__ __forceinline__ explicit PairSums(int s) : s(s) {
+        const int lane = threadIdx.x % 32;
+        const bool same_channel = (lane & 1) == (lane >> 3 & 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            pick[i / 2][i % 2] =
+                same_channel && lane >> 4 == i / 2 && (lane >> 2 & 1) == i % 2 ? 1.f : 0.f;
+    }
+    // The token of a lane's first sum if this is number `value` before they go from lane to lane; and
+    // the distance of the sums after it.
+    __device__ __forceinline__ int token(int value) const { return offset(value) + s % 2 * 4; }
+    __device__ __forceinline__ static constexpr int offset(int i) { return i / 4 * 8 + i % 4; }
+
+    __device__ __forceinline__ void add(const float (&shares)[U], float (&sums)[U / 2]) const {
+#pragma unroll
+        for (int t = 0; t < U; t += 8) {
+            float d[4] = {};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float *four = shares + t + 4 * i;
+                multiply_add_tf32(d, {four[0], four[1], four[2], four[3]}, pick[i], d);
+            }
+            sums[t / 2] = d[0], sums[t / 2 + 1] = d[2], sums[t / 2 + 2] = d[1], sums[t / 2 + 3] = d[3];
+        }
+        if constexpr (S > 2) reduce_transposed<S / 2, 4>(sums, s / 2);
+    }
+};
 
 // Wait for the threads of one direction only: the teams share nothing but y.
 template <int TEAM, int DIRS>
@@ -561,7 +602,13 @@ selective_scan_fwd_kernel(const ScanParams p) {
             constexpr int COUNT = U * CPT;
             constexpr int HOLDERS = COUNT < S ? S / COUNT : 1;  // lanes with the same sums of shares
             constexpr int HELD = COUNT < S ? 1 : COUNT / S;     // sums that a lane has
-            const int first = low / U * U, held = s / HOLDERS * HELD;
+            // Where it was measured to be faster, or takes no registers that are not there.
+            constexpr bool TENSOR = HAS_Y && MODE != OUTPUT_AND_STATES && STEPS > 0 && NS < 16 &&
+                                    CPT == 1 && U % 8 == 0 && IS_BF16<scalar_t>;
+            const PairSums<S, U> pair_sums(s);
+            const int first = low / U * U;
+            const int held = TENSOR ? pair_sums.token(s / 2 / HOLDERS * HELD) : s / HOLDERS * HELD;
+            const bool holds = (TENSOR ? s / 2 : s) % HOLDERS == 0;
             const float2 *drive = drive_at(first, c0);
             const float *BC_row = my.BC[first] + s * Matrices::SEGMENT;
             float *y_to = HAS_Y ? &my.y[first + held / CPT][c0 + held % CPT] : nullptr;
@@ -593,9 +640,18 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
                     for (int j = 0; j < CPT; ++j) shares[t * CPT + j] = out[j];
                 }
-                if constexpr (HAS_Y) {
+                if constexpr (TENSOR) {
+                    float sums[U / 2];
+                    pair_sums.add(shares, sums);
+                    if (holds) {
+#pragma unroll
+                        for (int i = 0; i < HELD; ++i)
+                            y_to[PairSums<S, U>::offset(i) * Shared::Y_PITCH] = sums[i];
+                    }
+                    y_to += U * Shared::Y_PITCH;
+                } else if constexpr (HAS_Y) {
                     reduce_transposed<S, NEAR>(shares, s);
-                    if (s % HOLDERS == 0) {
+                    if (holds) {
 #pragma unroll
                         for (int i = 0; i < HELD; ++i)
                             y_to[i / CPT * Shared::Y_PITCH + i % CPT] = shares[i];

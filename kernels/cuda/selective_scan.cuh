@@ -100,6 +100,19 @@ __device__ __forceinline__ void reduce_transposed(float (&v)[COUNT], int s) {
     }
 }
 
+// d = a * b + c on the tensor cores, in tf32. With g = lane / 4 and t = lane % 4, a lane gives a[0]
+// of (row g, k t), a[1] of (g + 8, t), a[2] of (g, t + 4), a[3] of (g + 8, t + 4); b[0] of (k t,
+// column g), b[1] of (t + 4, g); c and d are (row g, columns 2 t and 2 t + 1), then row g + 8.
+__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const float (&a)[4],
+                                                  const float (&b)[2], const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 // The tokens of one team's tiles in the order it scans them. Rows of a tile are in scan order, so
 // that row r of the reverse team's tile is row T - 1 - r of the same tokens' tile forwards. Only
 // rows from `low` to `high` exist: all but at the end of a chunk.
