@@ -55,9 +55,9 @@ def bidirectional_mixer(
 
     Differentiable in every tensor. For the backward, `xz` and the result of x_proj are kept, and on
     backends other than CUDA the states at the starts of chunks, and what `out_weight` projects;
-    all else is computed again. State, sums and softplus are float32
-    (float64 where `xz` is); the products are in the dtype of `xz`, weights of another dtype are
-    cast to it. Results are deterministic.
+    all else is computed again. State, sums and softplus are float32 (float64 where `xz` is); in
+    bf16 on CUDA, what some sums over the states add up is rounded to tf32. The products are in the
+    dtype of `xz`, weights of another dtype are cast to it. Results are deterministic.
 
     Args:
         xz: (B, L, 2 D) result of the input projection: x, then the gate z.
