@@ -125,6 +125,10 @@ def test_mixer_with_the_output_projection(name, dtype):
     mixers.check(shape, dtype, Emulated, mixers.make_out(shape), keep_states=True)
 
 
+def test_mixer_of_a_large_rank_that_keeps_its_states():
+    mixers.check((1, 20, 64, 16, 30, 4), torch.bfloat16, Emulated, keep_states=True)
+
+
 @pytest.mark.parametrize("keep_states", [False, True], ids=["", "keep-states"])
 def test_mixer_in_compiled_training(keep_states):
     mixers.check_compiled_training(Emulated, keep_states)

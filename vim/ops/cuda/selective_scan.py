@@ -576,7 +576,8 @@ def forward_bidirectional(
             to 16 states, since more leave no registers for it.
         kept: what to leave for the backward, of `kept_specs`; for inputs of one dtype, with z.
     """
-    if dt_proj is not None and not _multiplies(A.shape[2], dt_proj, u, dt, B, C, z):
+    most_rank = 32 if kept is None else 24  # for its wider blocks shared memory holds no more
+    if dt_proj is not None and not _multiplies(most_rank, A.shape[2], dt_proj, u, dt, B, C, z):
         dt = bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
         dt_proj = None
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dt_proj=dt_proj)
@@ -584,7 +585,7 @@ def forward_bidirectional(
     return _scan_forward(scan, overwrite_u=overwrite_u, kept=kept)[0].to(u.dtype)
 
 
-def _multiplies(states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
+def _multiplies(most_rank: int, states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
     """Whether the forward kernel multiplies dt by dt_proj: 16 bits, ranks of eights, no large one.
 
     That saves memory; time is won at batch 1 and lost at large ranks.
@@ -595,7 +596,7 @@ def _multiplies(states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
         and all(x is None or x.dtype == dtype for x in rows)
         and _aligned(rows[1:2], 2)
         and rank % 8 == 0
-        and 0 < rank <= 32
+        and 0 < rank <= most_rank
         and states <= 64
     )
 
@@ -690,6 +691,7 @@ def instantiations() -> list[tuple[str, str]]:
         add(states, max(1, states // 16), torch.bfloat16, 2, OUTPUT_AND_STATES)
     add(16, 1, torch.float32, 2, OUTPUT_OVER_U)
     add(16, 1, torch.bfloat16, 2, OUTPUT_AND_STATES, chunked=True)
-    for lanes, mode in ((8, OUTPUT), (1, OUTPUT_AND_STATES)):  # the most for shared memory to hold
-        add(16, lanes, torch.bfloat16, 2, mode, steps=4)
+    # The most for shared memory to hold.
+    add(16, 8, torch.bfloat16, 2, OUTPUT, steps=4)
+    add(16, 1, torch.bfloat16, 2, OUTPUT_AND_STATES, steps=3)
     return list(dict.fromkeys(kernels))
