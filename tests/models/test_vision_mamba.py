@@ -133,6 +133,17 @@ def assert_close(first, second):
 # What timm's tests ask of every model
 
 
+def test_states_are_kept_in_every_block_or_in_some():
+    def kept(**options):
+        blocks = VisionMamba(img_size=32, embed_dim=24, num_classes=0, **options).blocks
+        return [block.mixer.keep_states for block in blocks]
+
+    mixers = ["bimamba", {"name": "bimamba", "keep_states": True}]
+    assert kept(depth=2) == [False, False]
+    assert kept(depth=2, keep_states=True) == [True, True]
+    assert kept(depth=2, mixer=mixers) == [False, True]
+
+
 @every_variant
 def test_forward(variant):
     model = make(variant)
