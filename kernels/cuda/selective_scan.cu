@@ -301,7 +301,9 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int states = VECTOR ? N : static_cast<int>(p.states);
 
     // Who this thread is.
-    const int team = DIRS == 2 ? threadIdx.x / TEAM : 0;
+    int team = DIRS == 2 ? threadIdx.x / TEAM : 0;
+    // Tell the compiler that it is the same in all of a warp; with so many states it would spill.
+    if constexpr (S == 1 || NS < 16) team = __shfl_sync(FULL_WARP, team, 0);
     const int thread = threadIdx.x % TEAM;
     // Its share of the states, and its first channel in the block's. Neighbours in the lowest bit
     // read the same B and C, those in the next bit the same step sizes: an access of 16 bytes takes
@@ -606,21 +608,19 @@ selective_scan_fwd_kernel(const ScanParams p) {
             constexpr bool TENSOR = HAS_Y && MODE != OUTPUT_AND_STATES && STEPS > 0 && NS < 16 &&
                                     CPT == 1 && U % 8 == 0 && IS_BF16<scalar_t>;
             const PairSums<S, U> pair_sums(s);
-            const int first = low / U * U;
             const int held = TENSOR ? pair_sums.token(s / 2 / HOLDERS * HELD) : s / HOLDERS * HELD;
             const bool holds = (TENSOR ? s / 2 : s) % HOLDERS == 0;
-            const float2 *drive = drive_at(first, c0);
-            const float *BC_row = my.BC[first] + s * Matrices::SEGMENT;
-            float *y_to = HAS_Y ? &my.y[first + held / CPT][c0 + held % CPT] : nullptr;
-#pragma unroll 1
-            for (int r = first; r < high; r += U) {
-                float shares[COUNT];
+            const float2 *drive = drive_at(0, c0);
+            const float *BC_row = my.BC[0] + s * Matrices::SEGMENT;
+            float *y_to = HAS_Y ? &my.y[held / CPT][c0 + held % CPT] : nullptr;
+            // U tokens from row r on: this lane's shares of their y, and the sums of all lanes' shares.
+            auto advance = [&](int r, float (&shares)[COUNT]) {
                 float delta[U][CPT], du[U][CPT];
                 constexpr int VALUES = CPT == 1 ? 4 : 2 * CPT;  // two tokens of one channel, or one
 #pragma unroll
                 for (int t = 0; t < U; t += VALUES / 2 / CPT) {
                     float values[VALUES];
-                    load(reinterpret_cast<const float *>(drive + t * NEXT_ROW), values);
+                    load(reinterpret_cast<const float *>(drive + (r + t) * NEXT_ROW), values);
 #pragma unroll
                     for (int k = 0; k < VALUES / 2; ++k) {
                         delta[t + k / CPT][k % CPT] = values[2 * k];
@@ -636,30 +636,48 @@ selective_scan_fwd_kernel(const ScanParams p) {
                         out[j] = 0.f;
                         if constexpr (MODE == STATES_ONLY) delta_sum[j] += delta[t][j];
                     }
-                    lane.template advance<HAS_Y>(BC_row + t * Matrices::PITCH, delta[t], du[t], out);
+                    const float *BC = BC_row + (r + t) * Matrices::PITCH;
+                    lane.template advance<HAS_Y>(BC, delta[t], du[t], out);
 #pragma unroll
                     for (int j = 0; j < CPT; ++j) shares[t * CPT + j] = out[j];
                 }
+            };
+            auto add_up = [&](int r, float (&shares)[COUNT]) {
+                float *to = y_to + r * Shared::Y_PITCH;
                 if constexpr (TENSOR) {
                     float sums[U / 2];
                     pair_sums.add(shares, sums);
                     if (holds) {
 #pragma unroll
                         for (int i = 0; i < HELD; ++i)
-                            y_to[PairSums<S, U>::offset(i) * Shared::Y_PITCH] = sums[i];
+                            to[PairSums<S, U>::offset(i) * Shared::Y_PITCH] = sums[i];
                     }
-                    y_to += U * Shared::Y_PITCH;
                 } else if constexpr (HAS_Y) {
                     reduce_transposed<S, NEAR>(shares, s);
                     if (holds) {
 #pragma unroll
                         for (int i = 0; i < HELD; ++i)
-                            y_to[i / CPT * Shared::Y_PITCH + i % CPT] = shares[i];
+                            to[i / CPT * Shared::Y_PITCH + i % CPT] = shares[i];
                     }
-                    y_to += U * Shared::Y_PITCH;
                 }
-                drive += U * NEXT_ROW;
-                BC_row += U * Matrices::PITCH;
+            };
+            // The sums have long chains, whose gaps the next tokens' exponentials fill; where states are
+            // left, or many are held, no registers are free for that.
+            constexpr bool OVERLAPS = T > U && MODE != OUTPUT_AND_STATES && NS < 16;
+            if (OVERLAPS && low == 0 && high == T) {
+                float shares[2][COUNT];
+#pragma unroll
+                for (int r = 0; r <= T; r += U) {
+                    if (r < T) advance(r, shares[r / U % 2]);
+                    if (r > 0) add_up(r - U, shares[(r / U + 1) % 2]);
+                }
+            } else {
+#pragma unroll 1
+                for (int r = low / U * U; r < high; r += U) {
+                    float shares[COUNT];
+                    advance(r, shares);
+                    add_up(r, shares);
+                }
             }
         }
 

@@ -285,6 +285,10 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     device::give(value);
     return device::given_by<float>(device::lane() ^ mask);
 }
+template <typename T> T __shfl_sync(unsigned, T value, int from) {
+    device::give(value);
+    return device::given_by<T>(from);
+}
 inline std::uintptr_t __cvta_generic_to_shared(const void *p) {
     return reinterpret_cast<std::uintptr_t>(p);
 }

@@ -90,7 +90,7 @@ def _variant(
     else:
         min_blocks = 2 if lanes == 4 and dtype.itemsize == 2 and tile is None else 1
     eight = lanes > 1 or (held == 16 and dtype.itemsize == 2 and tile is None)
-    together = 16 if lanes > 1 and held < 8 else 8 if eight else 4
+    together = 16 if keeps and lanes > 1 and held < 8 else 8 if eight else 4
     tile = tile or _tile(states, lanes, block_channels, dtype)
     together = min(together, tile)
     return Variant(held, lanes, 1, block_channels, tile, together, min_blocks)
