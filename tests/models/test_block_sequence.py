@@ -1,4 +1,4 @@
-"""Inference by `vim.ops.block_sequence` gives what the ops give, and spoils nothing."""
+"""Inference and training by `vim.ops.block_sequence` give what the ops give, and spoil nothing."""
 
 import gc
 
@@ -8,8 +8,8 @@ import torch
 
 from tests.ops import cuda_on_cpu
 from vim.ops import _dispatch
-from vim.ops.block_sequence import BlockSequence
-from vim.ops.cuda._launch import Repeated
+from vim.ops.block_sequence import BlockSequence, TrainingSequence
+from vim.ops.cuda._launch import Repeated, _packed
 
 DTYPES = [torch.float32, torch.bfloat16]
 EMULATED = pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason=str(cuda_on_cpu.missing()))
@@ -95,14 +95,17 @@ def test_other_blocks_in_between(options, device, noted):
 @pytest.mark.parametrize("ffn", ["none", ["none", "none", "mlp", "none", "none", "none", "none"]])
 def test_streams_after_some_blocks(ffn, device, noted):
     model, images = make(device, depth=7, ffn=ffn)
-    with torch.enable_grad():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingSequence, "serves", lambda x: False)
         expected, streams = model.forward_intermediates(images, indices=[1, 3, 4])
     assert not noted
-    with torch.no_grad():
-        actual, same_streams = model.forward_intermediates(images, indices=[1, 3, 4])
-    assert len(noted) == 3
-    assert torch.equal(actual, expected)
-    assert all(torch.equal(a, b) for a, b in zip(same_streams, streams, strict=True))
+    for gradients in (False, True):
+        noted.clear()
+        with torch.set_grad_enabled(gradients):
+            actual, same_streams = model.forward_intermediates(images, indices=[1, 3, 4])
+        assert len(noted) == 3
+        assert torch.equal(actual, expected)
+        assert all(torch.equal(a, b) for a, b in zip(same_streams, streams, strict=True))
 
 
 def test_autocast(device):
@@ -201,3 +204,156 @@ def test_capture_in_a_cuda_graph():
             result = model(images)
     graph.replay()
     assert torch.equal(result, expected)
+
+
+def training_step(model, images, **autocast):
+    """Return the loss and the gradients of a step, those of the images last."""
+    images = images.detach().requires_grad_()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bool(autocast)):
+        out = model(images)
+    loss = (out.float() * torch.linspace(-1, 1, out.numel()).to(out.device).view_as(out)).sum()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()} | {"images": images.grad}
+    model.zero_grad(set_to_none=True)
+    return out.detach(), gradients
+
+
+def step_by_the_ops(model, images, **autocast):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingSequence, "serves", lambda x: False)
+        return training_step(model, images, **autocast)
+
+
+def assert_same_step(actual, expected):
+    assert torch.equal(actual[0], expected[0])
+    for name, gradient in expected[1].items():
+        assert (gradient is None) == (actual[1][name] is None), name
+        if gradient is not None:
+            assert actual[1][name].dtype == gradient.dtype, name
+            assert torch.equal(actual[1][name], gradient), name
+
+
+TRAINED = OPTIONS | {
+    "keep states": {"keep_states": True},
+    "by one kernel": {"embed_dim": 64, "dt_rank": 3},
+}
+
+
+@pytest.mark.parametrize("mode", ["f32", "bf16", "autocast"])
+@pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED)
+def test_same_gradients(options, mode, device, noted):
+    model, images = make(device, torch.bfloat16 if mode == "bf16" else torch.float32, **options)
+    model.train()
+    model.drop_path = torch.nn.Identity()
+    for block in model.blocks:  # which draws
+        block.drop_path = torch.nn.Identity()
+    autocast = {"autocast": True} if mode == "autocast" else {}
+    expected = step_by_the_ops(model, images, **autocast)
+    assert not noted
+    assert_same_step(training_step(model, images, **autocast), expected)
+    assert 0 < len(noted) <= 10, "forwards and backwards, of first, middle and last blocks"
+    assert_same_step(training_step(model, images, **autocast), expected)
+
+
+@pytest.mark.parametrize("options", [{"mixer": "gated_conv"}, {"ffn": "mlp"}], ids=str)
+def test_gradients_with_other_blocks_in_between(options, device, noted):
+    ((kind, other),) = options.items()
+    plain = "bimamba" if kind == "mixer" else "none"
+    blocks = {kind: [plain, plain, plain, other, *[plain] * 3]}
+    model, images = make(device, torch.bfloat16, depth=7, **blocks)
+    assert_same_step(training_step(model, images), step_by_the_ops(model, images))
+    assert noted
+
+
+def test_frozen_blocks_and_shared_weights(device):
+    model, images = make(device, torch.bfloat16)
+    model.blocks[1].requires_grad_(False)
+    model.blocks[2].mixer.out_proj.requires_grad_(False)
+    branches = model.blocks[3].mixer.forward_branch, model.blocks[3].mixer.backward_branch
+    branches[1].D = branches[0].D
+    assert_same_step(training_step(model, images), step_by_the_ops(model, images))
+
+
+@pytest.mark.parametrize("path", ["", "norm", "mixer", "mixer.in_proj", "mixer.out_proj"])
+def test_hooks_are_called_in_training(path, device):
+    model, images = make(device, torch.bfloat16)
+    hooked, calls = model.blocks[2].get_submodule(path), []
+    hooked.register_forward_hook(lambda *_: calls.append("forward"))
+    hooked.register_full_backward_hook(lambda *_: calls.append("backward"))
+    expected = step_by_the_ops(model, images)
+    calls.clear()
+    assert_same_step(training_step(model, images), expected)
+    assert calls == ["forward", "backward"]
+
+
+def test_checkpointing_takes_the_ops(device, noted):
+    model, images = make(device, torch.bfloat16)
+    expected = step_by_the_ops(model, images)
+    model.set_grad_checkpointing()
+    assert_same_step(training_step(model, images), expected)
+    assert not noted
+
+
+def test_two_backwards_of_one_graph(device):
+    model, images = make(device, torch.bfloat16)
+    loss = model(images).float().square().sum()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    model(2 * images).float().sum().backward()  # which may take the memory that was let go
+    for a, b in zip(first, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_have_memory_of_their_own(device):
+    """What a parameter keeps as its gradient must not keep what the backward made beside it."""
+    model, images = make(device, torch.bfloat16)
+    model(images).float().sum().backward()
+    for block in model.blocks:
+        for name, p in block.named_parameters():
+            assert p.grad.untyped_storage().nbytes() <= 2 * 4 * p.numel(), name
+
+
+def test_second_derivatives_are_refused(device):
+    model, images = make(device)
+    (gradient,) = torch.autograd.grad(
+        model(images).sum(), [model.blocks[0].norm.weight], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
+def test_modes_see_the_ops_in_training(device):
+    model, images = make(device)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    assert torch.ops.vim.bidirectional_mixer in counter.get_flop_counts()["Global"]
+
+
+def test_memory_is_packed_by_lives():
+    lives = {
+        (0, 1000): (0, 3),
+        (1, 500): (4, 6),
+        (2, 300): (2, 5),
+        (3, 200): (6, 6),
+        (4, 900): (1, 1),
+    }
+    offsets, size = _packed(lives)
+    spans = {k: range(offsets[k], offsets[k] + k[1]) for k in lives}
+    for a, (born, gone) in lives.items():
+        assert offsets[a] % 256 == 0
+        assert spans[a].stop <= size
+        for b, (born_b, gone_b) in lives.items():
+            if a != b and born <= gone_b and born_b <= gone:
+                assert spans[a].stop <= spans[b].start or spans[b].stop <= spans[a].start
+    assert size < sum(n for _, n in lives)
+
+
+@pytest.mark.gpu
+def test_training_in_a_cuda_graph_takes_the_ops(noted):
+    model, images = make(torch.device("cuda"), torch.bfloat16)
+    training_step(model, images)
+    noted.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(images).float().sum().backward()
+    assert not noted

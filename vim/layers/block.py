@@ -4,7 +4,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vim.ops.block_sequence import BlockSequence
+from vim.ops.block_sequence import BlockSequence, TrainingSequence
 
 from ._bare import is_bare
 from .add_norm import AddNorm
@@ -104,6 +104,41 @@ class VimBlock(nn.Module):
 
     def _run_in(self, sequence: BlockSequence, flow: list[Tensor | None]) -> bool:
         """`run`, and return True, if the block is Vim's, and nobody sees what happens inside."""
+        projections = self._plain_projections()
+        if projections is None:
+            return False
+        in_proj, out_proj = projections
+        norm, mixer = self.norm, self.mixer
+        x, residual = sequence.add_norm(
+            self.drop_path(flow[0]), flow[1], norm.weight, norm.bias, norm.eps, norm.kind
+        )
+        flow.clear()
+        x = in_proj(x)
+        branches = mixer.forward_branch.tensors(), mixer.backward_branch.tensors()
+        x = sequence.bidirectional_mixer(x, *branches, mixer.merge_scale)
+        flow += sequence.project(x, out_proj.weight, out_proj.bias), residual
+        return True
+
+    @torch.jit.ignore
+    def train_in(
+        self, sequence: TrainingSequence, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what calling the block does, by the ops of a training step's `sequence`."""
+        projections = self._plain_projections()
+        if projections is None:
+            return self(x, residual)
+        in_proj, out_proj = projections
+        norm, mixer = self.norm, self.mixer
+        x, stream = sequence.add_norm(
+            self.drop_path(x), residual, norm.weight, norm.bias, norm.eps, norm.kind
+        )
+        branches = mixer.forward_branch.tensors(), mixer.backward_branch.tensors()
+        out = out_proj.weight, out_proj.bias, mixer.keep_states
+        x = sequence.bidirectional_mixer(in_proj(x), *branches, mixer.merge_scale, *out)
+        return x, stream, stream
+
+    def _plain_projections(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """Return the mixer's projections if the block is Vim's, and nobody looks inside."""
         drop_path, norm, mixer, ffn = self.drop_path, self.norm, self.mixer, self.ffn
         plain = (
             type(norm) is AddNorm
@@ -112,19 +147,7 @@ class VimBlock(nn.Module):
             and type(ffn) is _NoFeedForward
             and all(is_bare(x) for x in (self, drop_path, norm, mixer, ffn))
         )
-        projections = mixer.plain_projections() if plain else None
-        if projections is None:
-            return False
-        in_proj, out_proj = projections
-        x, residual = sequence.add_norm(
-            drop_path(flow[0]), flow[1], norm.weight, norm.bias, norm.eps, norm.kind
-        )
-        flow.clear()
-        x = in_proj(x)
-        branches = mixer.forward_branch.tensors(), mixer.backward_branch.tensors()
-        x = sequence.bidirectional_mixer(x, *branches, mixer.merge_scale)
-        flow += sequence.project(x, out_proj.weight, out_proj.bias), residual
-        return True
+        return mixer.plain_projections() if plain else None
 
     @torch.jit.ignore
     def scan(

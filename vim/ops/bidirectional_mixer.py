@@ -294,7 +294,7 @@ def _bidirectional_mixer_bwd(
         rows, dweights = dout.flatten(0, 1), []
 
         def take_y(y):
-            dweights.append(_weight_gradient(rows, y.flatten(0, 1), out_weight))
+            dweights.append(_weight_gradient(rows, y.flatten(0, 1), out_weight.dtype))
 
         if _lends_y(backend_, keeps):
             gradients = backend_.backward(dy, *arguments, saved, merge_scale, take_y=take_y)
@@ -307,9 +307,9 @@ def _bidirectional_mixer_bwd(
     return pack_gradients([*gradients, dweight, dbias], inputs)
 
 
-def _weight_gradient(dout: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """(rows, E), (rows, D) -> (E, D), in the dtype of `weight` at once where cuBLAS can."""
-    if torch.version.cuda and y.is_cuda and y.dtype.itemsize == 2 and weight.dtype == torch.float32:
+def _weight_gradient(dout: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, E), (rows, D) -> (E, D), in the weight's `dtype` at once where cuBLAS can."""
+    if torch.version.cuda and y.is_cuda and y.dtype.itemsize == 2 and dtype == torch.float32:
         return torch.mm(dout.mT, y, out_dtype=torch.float32)
     return (y.mT @ dout).mT  # the order of autograd's own
 

@@ -280,11 +280,6 @@ def get_kernel(source: str, name: str, device_index: int) -> Kernel:
     return kernel
 
 
-def contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return `x` as kernels read small tensors; as it is if it is so already, which is cheap."""
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
-
-
 def cached_cubin(source: str, name: str, arch: str) -> tuple[str, bytes]:
     """Return (symbol, cubin) of a kernel from the cache on disk, which it fills.
 

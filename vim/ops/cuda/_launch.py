@@ -35,9 +35,8 @@ def launch(
     if 0 in grid:
         return
     kernel.start(grid, block, shared_bytes, _words(arguments))
-    noted = getattr(_this_thread, "noted", None)
-    if noted is not None:
-        noted.append((functools.partial(kernel.start, grid, block, shared_bytes), arguments))
+    if getattr(_this_thread, "noted", None) is not None:
+        _note(functools.partial(kernel.start, grid, block, shared_bytes), arguments)
 
 
 def _words(arguments: Sequence[Tensor | int | float | None]) -> list[int | float]:
@@ -61,38 +60,87 @@ def _word(argument: Tensor | float | bool) -> int | float:
     return argument if isinstance(argument, float) else int(argument)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Return torch.bmm(a, b); `Repeated` repeats it where both are its function's own tensors."""
-    product = torch.bmm(a, b)
-    noted = getattr(_this_thread, "noted", None)
-    if noted is not None:
-        noted.append((torch.bmm, (a, b, product)))
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return torch.bmm(a, b), in `out` if given; `Repeated` repeats it."""
+    product = torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+    _note(torch.bmm, (a, b, product))
     return product
 
 
-class _View(NamedTuple):
-    """A tensor that a function made, by where it lies in the memory of all that it made."""
+def make(function: Callable[..., Tensor], *arguments) -> Tensor:
+    """Return function(*arguments), a tensor in new memory; `Repeated` repeats it."""
+    made = function(*arguments)
+    _note(function, arguments, made)
+    return made
 
+
+def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x` as kernels read small tensors; as it is if it is so already, which is cheap."""
+    if x.dtype == dtype and x.is_contiguous():
+        return x
+    return make(_converted, x, dtype)
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def differs_each_time() -> None:
+    """Have `Repeated` call the function that calls this: it does more than can be repeated."""
+    _note(None, ())
+
+
+def _note(start: Callable | None, arguments: tuple, made: Tensor | None = None) -> None:
+    noted = getattr(_this_thread, "noted", None)
+    if noted is not None:
+        noted.append(_Noted(start, arguments, made))
+
+
+class _Noted(NamedTuple):
+    """A call of a function that `Repeated` watches."""
+
+    start: Callable | None
+    """A kernel's start, torch.bmm, what `make` calls, or None: what cannot be repeated."""
+    arguments: tuple
+    made: Tensor | None = None
+    """By `make`."""
+
+
+class _View(NamedTuple):
+    """A tensor by where it lies: in one of the function's arguments, or of the pieces it made."""
+
+    index: int
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int  # in bytes
 
-    def of(self, memory: Tensor) -> Tensor:
-        typed = memory.view(self.dtype)
-        return typed.as_strided(self.shape, self.stride, self.offset // self.dtype.itemsize)
+    def of(self, pieces: Sequence[Tensor]) -> Tensor:
+        piece = pieces[self.index]
+        if piece.dtype != self.dtype:
+            piece = piece.view(self.dtype)
+        offset = piece.storage_offset() + self.offset // self.dtype.itemsize
+        return piece.as_strided(self.shape, self.stride, offset)
+
+
+class _Step(NamedTuple):
+    """One thing that a function did."""
+
+    start: Callable
+    words: list
+    """A kernel's arguments; or of a function of PyTorch's, with tensors as `_View`."""
+    places: list[tuple[int, int, int]] | None
+    """Which words are addresses of what: (at, argument or piece, offset); None for PyTorch's."""
 
 
 class _Plan(NamedTuple):
     """What `Repeated` does instead of calling its function."""
 
-    size: int
-    """Bytes of all that the function makes."""
-    steps: list[tuple]
-    """(start, words, places): the kernel's arguments, and which of them are (at, argument, offset)
-    addresses; or (torch.bmm, views of factors and product, nothing)."""
-    results: list[_View | int]
-    """Where each is, or the argument whose memory it takes."""
+    pieces: list[tuple[tuple[int, ...], torch.dtype]]
+    """Shape and dtype of the memory that the function makes."""
+    steps: list[_Step]
+    results: list[_View | int | None]
+    """Where each is; or which argument or piece, or behind those which of what `make` made."""
 
 
 class Repeated:
@@ -100,21 +148,35 @@ class Repeated:
 
     Where tensors have the shapes, strides, dtypes, device and alignment of those before, what the
     function did for them is started again on the new ones, which takes the host a fraction of the
-    function's time. What the function makes is one piece of memory then, which lives as long as a
-    result.
+    function's time. What the function makes is one piece of memory then, in which tensors that do
+    not live at once may lie in the same place.
 
     Args:
-        function: (tensors or None) -> tuple of tensors, of any values, by `launch` and `bmm` alone.
-            What it does may depend on the tensors' kinds only; if something else touches a tensor,
-            such as a conversion, nothing is repeated and the function is called each time.
+        function: (tensors or None) -> tuple of tensors, of any values, by `launch`, `bmm` and
+            `make` alone. What it does may depend on the tensors' kinds only; if something else
+            touches an argument, such as a conversion, nothing is repeated and the function is
+            called each time.
         in_place: by the index of a result, that of the argument whose memory it may take.
+        apart: whether results have memory of their own, for those that outlive the others.
+        late: whether to note at the second call what the function does, and not at the first:
+            meanwhile all that it makes lives on, and the first step of a backward finds the least
+            free memory.
     """
 
-    def __init__(self, function: Callable[..., tuple], in_place: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., tuple],
+        in_place: Mapping[int, int] | None = None,
+        apart: bool = False,
+        late: bool = False,
+    ) -> None:
         self._function = function
-        self._in_place = in_place
+        self._in_place = in_place or {}
+        self._apart = apart
         self._kinds: list | None = None  # of what can be repeated
         self._refused: list | None = None  # of what cannot
+        self._met: list | None = None  # of what was called once, if that is to be late
+        self._late = late
         self._plan: _Plan | None = None
 
     def __call__(self, *tensors: Tensor | None) -> tuple:
@@ -122,19 +184,30 @@ class Repeated:
         if kinds != self._kinds:
             if kinds == self._refused:
                 return self._function(*tensors)
+            if self._late and kinds != self._met:
+                self._met = kinds
+                return self._function(*tensors)
             return self._first(tensors, kinds)
-        size, steps, results = self._plan
-        memory = tensors[0].new_empty(size, dtype=torch.uint8)
-        addresses = [0 if x is None else x.data_ptr() for x in (*tensors, memory)]
-        for start, words, places in steps:
-            if start is torch.bmm:
-                a, b, product = (view.of(memory) for view in words)
-                torch.bmm(a, b, out=product)
+        first = next(x for x in tensors if x is not None)
+        pieces = [*tensors]
+        pieces += [first.new_empty(shape, dtype=dtype) for shape, dtype in self._plan.pieces]
+        addresses = [0 if x is None else x.data_ptr() for x in pieces]
+        for start, words, places in self._plan.steps:
+            if places is not None:
+                for at, index, offset in places:
+                    words[at] = addresses[index] + offset
+                start(words)
                 continue
-            for at, index, offset in places:
-                words[at] = addresses[index] + offset
-            start(words)
-        return tuple(tensors[x] if type(x) is int else x.of(memory) for x in results)
+            given = [x.of(pieces) if type(x) is _View else x for x in words]
+            if start is torch.bmm:
+                torch.bmm(*given[:2], out=given[2])
+            else:
+                pieces.append(start(*given))
+                addresses.append(pieces[-1].data_ptr())
+        return tuple(
+            pieces[x] if type(x) is int else None if x is None else x.of(pieces)
+            for x in self._plan.results
+        )
 
     def _first(self, tensors: tuple, kinds: list) -> tuple:
         """Call the function, and note what it starts."""
@@ -144,7 +217,7 @@ class Repeated:
             results = self._function(*tensors)
         finally:
             _this_thread.noted = None
-        plan = _plan(tensors, noted, results, self._in_place)
+        plan = _plan(tensors, noted, results, self._in_place, self._apart)
         if plan is not None:
             self._kinds, self._refused, self._plan = kinds, None, plan
         return results
@@ -152,22 +225,27 @@ class Repeated:
 
 def _plan(
     tensors: Sequence[Tensor | None],
-    noted: Sequence[tuple[Callable, tuple]],
-    results: tuple[Tensor, ...],
+    noted: Sequence[_Noted],
+    results: tuple[Tensor | None, ...],
     in_place: Mapping[int, int],
+    apart: bool,
 ) -> _Plan | None:
     """Return how to do again what was noted, or None where that would not be the same.
 
     Args:
         tensors, results: of the function.
-        noted: (what was called, its arguments).
-        in_place: see `Repeated`.
+        noted: what it called.
+        in_place, apart: see `Repeated`.
     """
-    touched = [x for _, arguments in noted for x in arguments if isinstance(x, Tensor)]
+    if any(x.start is None for x in noted):
+        return None
+    touched = [
+        (i, x) for i, call in enumerate(noted) for x in call.arguments if isinstance(x, Tensor)
+    ]
     spans = sorted((*_span(x), i, 0) for i, x in enumerate(tensors) if x is not None)
-    used = {place[0] for place in (_place(x, spans) for x in touched) if place}
-    apart = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-    if not apart or used != {i for *_, i, _ in spans}:
+    used = {place[0] for place in (_place(x, spans) for _, x in touched) if place}
+    disjoint = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    if not disjoint or used != {i for *_, i, _ in spans}:
         return None  # two arguments share memory, or something else has read one
     for result, argument in in_place.items():
         over = tensors[argument]
@@ -175,29 +253,93 @@ def _plan(
             return None
         spans.append((*_span(results[result]), argument, 0))
 
-    # What the function made, side by side in one piece of memory, counts as an argument after them.
-    own, size = len(tensors), 0
-    made = (x.untyped_storage() for x in (*touched, *results) if _place(x, spans) is None)
-    for begin, length in dict.fromkeys((x.data_ptr(), x.nbytes()) for x in made):
-        spans.append((begin, begin + length, own, size))
-        size += -(-length // _ALIGNMENT) * _ALIGNMENT
+    # What the function made counts as arguments after the given ones: in one piece of memory, but
+    # for results that are to be apart.
+    made = [call.made for call in noted if call.made is not None]
+    made_spans = [_storage(x) for x in made]
+    laid = [x for x in results if x is not None and not any(x is m for m in made)]
+    end = len(noted)
+    uses: dict[tuple[int, int], list[int]] = {}
+    for at, x in (*touched, *((end, x) for x in laid)):
+        if _place(x, spans) is None and _storage(x) not in made_spans:
+            uses.setdefault(_storage(x), []).append(at)
+    lives = {span: (min(at), max(at)) for span, at in uses.items()}
+    alone = [span for span, (_, last) in lives.items() if apart and last == end]
+    offsets, size = _packed({span: life for span, life in lives.items() if span not in alone})
+    spans += [(begin, begin + n, len(tensors), at) for (begin, n), at in offsets.items()]
+    pieces: list[tuple[tuple[int, ...], torch.dtype]] = [((size,), torch.uint8)]
+    for begin, n in alone:
+        spans.append((begin, begin + n, len(tensors) + len(pieces), 0))
+        pieces.append(((n,), torch.uint8))
+    for k, (begin, n) in enumerate(made_spans):
+        spans.append((begin, begin + n, len(tensors) + len(pieces) + k, 0))
+    for x in laid:  # as it is where it takes all of its piece
+        index = _place(x, spans)[0] - len(tensors)
+        if 0 < index < len(pieces) and x.is_contiguous() and x.nbytes == _storage(x)[1]:
+            pieces[index] = (tuple(x.shape), x.dtype)
 
     def view_of(x: Tensor) -> _View | None:
-        index, offset = _place(x, spans)
-        return _View(x.shape, x.stride(), x.dtype, offset) if index == own else None
+        """Return where `x` is, or None if it cannot be found again."""
+        index, offset = _place(x, spans) or (None, 0)
+        if index is None or (index < len(tensors) and tensors[index].dtype != x.dtype):
+            return None
+        return _View(index, x.shape, x.stride(), x.dtype, offset)
 
-    steps: list[tuple] = []
-    for start, arguments in noted:
-        if start is torch.bmm:
-            steps.append((start, [view_of(x) for x in arguments], []))
-            if None in steps[-1][1]:
-                return None
+    steps: list[_Step] = []
+    for start, arguments, product in noted:
+        if start is torch.bmm or product is not None:
+            words = [view_of(x) if isinstance(x, Tensor) else x for x in arguments]
+            places = None
         else:
+            words = _words(arguments)
             found = ((at, x) for at, x in enumerate(arguments) if isinstance(x, Tensor))
             places = [(at, *_place(x, spans)) for at, x in found]
-            steps.append((start, _words(arguments), places))
-    views = [in_place[i] if i in in_place else view_of(x) for i, x in enumerate(results)]
-    return None if None in views else _Plan(size, steps, views)
+        steps.append(_Step(start, words, places))
+
+    def result(i: int, x: Tensor | None) -> _View | int | None:
+        if x is None or i in in_place:
+            return in_place.get(i)
+        numbers = [k for k, m in enumerate(made) if m is x]
+        if numbers:
+            return len(tensors) + len(pieces) + numbers[0]
+        view = view_of(x)
+        at = 0 if view is None else view.index - len(tensors)
+        whole = 0 < at < len(pieces) and pieces[at] == (tuple(x.shape), x.dtype)
+        return view.index if whole else view
+
+    found = [result(i, x) for i, x in enumerate(results)]
+    lost = any(x is not None and f is None for x, f in zip(results, found, strict=True))
+    if lost or any(None in step.words for step in steps if step.places is None):
+        return None
+    return _Plan(pieces, steps, found)
+
+
+def _packed(
+    lives: Mapping[tuple[int, int], tuple[int, int]],
+) -> tuple[dict[tuple[int, int], int], int]:
+    """Return where in one piece of memory each goes, and its size: the largest first.
+
+    Args:
+        lives: of (address, bytes), the first and the last step in which it is used.
+    """
+    placed: list[tuple[int, int, int, int]] = []  # where, up to where, life
+    offsets = {}
+    for span, (first, last) in sorted(lives.items(), key=lambda item: -item[0][1]):
+        length = -(-span[1] // _ALIGNMENT) * _ALIGNMENT
+        offset = 0
+        for begin, end, born, gone in sorted(placed):
+            at_once = first <= gone and born <= last
+            if at_once and begin < offset + length and offset < end:
+                offset = end
+        placed.append((offset, offset + length, first, last))
+        offsets[span] = offset
+    return offsets, max((end for _, end, *_ in placed), default=0)
+
+
+def _storage(x: Tensor) -> tuple[int, int]:
+    """Return where the memory that `x` is part of begins, and its size."""
+    storage = x.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def _kind(x: Tensor) -> tuple:
@@ -212,7 +354,8 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 def _place(x: Tensor, spans: list[tuple[int, int, int, int]]) -> tuple[int, int] | None:
     """Return in which argument, or the function's own memory after them, `x` begins, and where."""
+    address = x.data_ptr()
     for begin, end, index, offset in spans:
-        if begin <= x.data_ptr() < end:
-            return index, x.data_ptr() - begin + offset
+        if begin <= address < end:
+            return index, address - begin + offset
     return None

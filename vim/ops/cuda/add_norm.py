@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._compile import DTYPES, get_kernel, unavailable
-from ._launch import Repeated, launch
+from ._launch import Repeated, contiguous, launch
 from ._sums import sum_kernel, sum_partials
 
 __all__ = ["Repeated", "backward", "forward", "instantiations", "unavailable"]
@@ -124,14 +124,14 @@ def _rows(x: Tensor) -> Tensor:
     """Return `x` as (rows, D) with features that lie side by side; rows may have any stride."""
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 else contiguous(x, x.dtype)
 
 
 def _same_dtype(weight, bias, dtype):
     """Return weight and bias in one dtype, float32 or that of x, contiguous."""
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        weight, bias = weight.float(), None if bias is None else bias.float()
-    return weight.contiguous(), None if bias is None else bias.contiguous()
+        dtype = torch.float32
+    return contiguous(weight, dtype), None if bias is None else contiguous(bias, dtype)
 
 
 def _vectors(most: int, features: int, *tensors: Tensor | None) -> tuple[int, int]:

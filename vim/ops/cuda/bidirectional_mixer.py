@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from ._compile import DTYPES, contiguous, get_kernel, shared_memory, unavailable
-from ._launch import Repeated, bmm, launch
+from ._compile import DTYPES, get_kernel, shared_memory, unavailable
+from ._launch import Repeated, bmm, contiguous, differs_each_time, launch, make
 from ._sums import sum_kernel, sum_partials
 
-__all__ = ["Repeated", "backward", "forward", "instantiations", "saved_specs", "unavailable"]
+__all__ = [
+    "Repeated",
+    "backward",
+    "forward",
+    "instantiations",
+    "make",
+    "saved_specs",
+    "unavailable",
+]
 
 LENDS_Y = True
 """See `vim.ops.bidirectional_mixer._lends_y`."""
@@ -249,11 +257,12 @@ def backward(dy, xz, forward_branch, backward_branch, saved, merge_scale, take_y
         kept=selective_scan.Kept(*kept) if kept else None,
     )
     ddt_rank = dprojected.flatten(1, 2)[..., :padded]
-    torch.bmm(ddt.flatten(1, 2), weights.dt_proj, out=ddt_rank)
+    bmm(ddt.flatten(1, 2), weights.dt_proj, out=ddt_rank)
     products = (x, u, du, ddt, dprojected, projected)
     finish = _gradients_at_once if _finishes_at_once(weights, x) else _gradients_one_by_one
     gradients = finish(weights, dx, *products)
-    return [dxz, *gradients, ddt_bias, weights.A * dA, dD]  # A is its own derivative by A_log
+    dA_log = make(torch.mul, weights.A, dA)  # A is its own derivative by A_log
+    return [dxz, *gradients, ddt_bias, dA_log, dD]
 
 
 def _gradients_one_by_one(weights: _Weights, dx, x, u, du, ddt, dprojected, projected):
@@ -264,6 +273,7 @@ def _gradients_one_by_one(weights: _Weights, dx, x, u, du, ddt, dprojected, proj
         ddt: (2, B, L, D) of what dt_proj returns.
         dprojected, projected: (2, B, L, M).
     """
+    differs_each_time()
     rank, padded = weights.rank, weights.padded_rank
     rows = dprojected.flatten(1, 2)
     ddt_proj = torch.bmm(ddt.flatten(1, 2).mT, projected[..., :padded].flatten(1, 2))

@@ -8,8 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, contiguous, get_kernel, multiprocessors, unavailable
-from ._launch import launch
+from ._compile import DTYPES, get_kernel, multiprocessors, unavailable
+from ._launch import contiguous, launch
 from ._sums import sum_kernel, sum_partials
 
 __all__ = [
@@ -215,7 +215,7 @@ def _is_wider(state: Tensor | None, x: Tensor) -> bool:
 
 def _channels_last(x: Tensor) -> Tensor:
     """Return `x` with channels that lie side by side; batch and tokens keep any strides."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    return x if x.stride(2) == 1 else contiguous(x, x.dtype)
 
 
 def same_weights(branches, dtype):

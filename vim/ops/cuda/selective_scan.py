@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._compile import DTYPES, get_kernel, multiprocessors, unavailable
-from ._launch import bmm, launch
+from ._launch import bmm, differs_each_time, launch
 from ._sums import sum_kernel, sum_partials
 
 __all__ = [
@@ -136,13 +136,16 @@ class _Scan:
         def activation(x):
             if x is None:
                 return None
-            if x.dtype != self.dtype:
-                x = x.to(self.dtype)
+            if x.dtype == self.dtype and (x.stride(-1) == 1 or x.shape[-1] == 1):
+                return x
+            differs_each_time()
+            x = x.to(self.dtype)
             return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
         def parameter(x):
             if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
                 return x
+            differs_each_time()
             return x.float().contiguous()
 
         self.u, self.dt, self.z, self.dy = map(activation, (u, dt, z, dy))
