@@ -5,6 +5,7 @@ import gc
 import pytest
 import timm
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.ops import cuda_on_cpu
 from vim.ops import _dispatch
@@ -292,6 +293,21 @@ def test_checkpointing_takes_the_ops(device, noted):
     model.set_grad_checkpointing()
     assert_same_step(training_step(model, images), expected)
     assert not noted
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_model_that_is_checkpointed_as_a_whole(use_reentrant, device, noted):
+    model, images = make(device, torch.bfloat16)
+    expected, features = step_by_the_ops(model, images), model.forward_features
+    model.forward_features = lambda x: checkpoint(features, x, use_reentrant=use_reentrant)
+    assert_same_step(training_step(model, images), expected)
+    assert noted
+
+
+def test_saved_tensors_elsewhere(device):
+    model, images = make(device, torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        assert_same_step(training_step(model, images), step_by_the_ops(model, images))
 
 
 def test_two_backwards_of_one_graph(device):
