@@ -108,7 +108,7 @@ class TrainingSequence(_Sequence):
     """`add_norm` and `bidirectional_mixer` of blocks in a row, with gradients.
 
     As in `BlockSequence` the first block does what the ops do, forwards and backwards, and those of
-    the same sizes start again what it started: the same results, for half of the host's time.
+    the same sizes start again what it started: the same results, for less of the host's time.
 
     Args:
         x: the tokens that the first block gets.
