@@ -302,7 +302,8 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
     // Who this thread is.
     int team = DIRS == 2 ? threadIdx.x / TEAM : 0;
-    // Tell the compiler that it is the same in all of a warp; with so many states it would spill.
+    // Tell the compiler that it is the same in all of a warp; where lanes that share a channel hold
+    // 16 states each, its code would spill then.
     if constexpr (S == 1 || NS < 16) team = __shfl_sync(FULL_WARP, team, 0);
     const int thread = threadIdx.x % TEAM;
     // Its share of the states, and its first channel in the block's. Neighbours in the lowest bit

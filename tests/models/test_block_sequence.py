@@ -253,6 +253,9 @@ def test_same_gradients(options, mode, device, noted):
     assert not noted
     assert_same_step(training_step(model, images, **autocast), expected)
     assert 0 < len(noted) <= 10, "forwards and backwards, of first, middle and last blocks"
+    refused = sum(call._plan is None for call in noted)
+    one_by_one = mode == "f32" or options is OPTIONS["wide"]  # sizes not of mixer_gradients.cu
+    assert refused == one_by_one, "only the mixer's backward, and only there"
     assert_same_step(training_step(model, images, **autocast), expected)
 
 

@@ -382,11 +382,9 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normed tokens, prefix tokens first: (B, C, H, W) -> (B, P + M, D)."""
-        if not torch.jit.is_scripting():
-            if _in_plain_inference(x):
-                return self._infer_features(x)
-            if _in_plain_training(x):
-                return self._train_features(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102, since TorchScript would compile the rest
+            if _in_plain_python(x):
+                return self._plain_features(x)
         x = self._embed(x)
         residual: Tensor | None = None
         for block in self.blocks:
@@ -398,18 +396,12 @@ class VisionMamba(nn.Module):
         return self.token_order.separate(x)
 
     @torch.jit.ignore
-    def _train_features(self, x: Tensor) -> Tensor:
-        """Return what `forward_features` does, in less of the host's time."""
+    def _plain_features(self, x: Tensor) -> Tensor:
+        """Return what `forward_features` does, in less of the host's time; without gradients in
+        less memory, too, see `VimBlock.run`."""
         flow = [self._embed(x), None]
-        self._run_blocks(flow, self.blocks, ())
-        x, _ = self.norm(self.drop_path(flow[0]), flow[1])
-        return self.token_order.separate(x)
-
-    @torch.jit.ignore
-    def _infer_features(self, x: Tensor) -> Tensor:
-        """Return what `forward_features` does, in less memory; see `VimBlock.run`."""
-        flow = [self._embed(x), None]
-        self._infer_blocks(flow, self.blocks, ())
+        run_blocks = self._run_blocks if torch.is_grad_enabled() else self._infer_blocks
+        run_blocks(flow, self.blocks, ())
         x, _ = self.norm(self.drop_path(flow[0]), flow[1])
         return self.token_order.separate(x)
 
@@ -441,7 +433,8 @@ class VisionMamba(nn.Module):
                 the last of all is not returned.
         """
         streams = []
-        serves = _in_plain_training(flow[0]) and TrainingSequence.serves(flow[0])
+        plain = torch.is_grad_enabled() and _in_plain_python(flow[0])
+        serves = plain and TrainingSequence.serves(flow[0])
         sequence = TrainingSequence(flow[0]) if serves else None
         for i, block in enumerate(blocks):
             if self.grad_checkpointing:
@@ -665,12 +658,8 @@ def _in_plain_inference(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and _in_plain_python(x)
 
 
-def _in_plain_training(x: Tensor) -> bool:
-    """Whether somebody may want gradients, and nobody but Python runs the model."""
-    return torch.is_grad_enabled() and _in_plain_python(x)
-
-
 def _in_plain_python(x: Tensor) -> bool:
+    """Whether nobody compiles, exports or traces the model."""
     traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
     return not (torch.compiler.is_compiling() or traced)
 

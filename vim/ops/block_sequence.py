@@ -30,6 +30,15 @@ class _Sequence:
         self._repeated = _resolve_mixer("auto", x).Repeated
         self._calls: dict[Hashable, Callable[..., tuple]] = {}
 
+    @staticmethod
+    def serves(x: Tensor) -> bool:
+        """Whether a backend that can repeat itself has such tokens, and nobody looks on."""
+        looked_on = torch._C._len_torch_dispatch_stack() > 0
+        if type(x) is not Tensor or looked_on or torch._C._are_functorch_transforms_active():
+            return False
+        backends = _resolve_mixer("auto", x), _resolve_norm("auto", x, x.dtype)
+        return all(hasattr(backend, "Repeated") for backend in backends)
+
     def _call(self, key: Hashable, function: Callable, **options) -> Callable[..., tuple]:
         if key not in self._calls:
             self._calls[key] = self._repeated(function, **options)
@@ -49,11 +58,6 @@ class BlockSequence(_Sequence):
 
     _keeps = False
 
-    @staticmethod
-    def serves(x: Tensor) -> bool:
-        """Whether a backend that can repeat itself has such tokens, and nobody looks on."""
-        return _can_repeat(x)
-
     def keep(self) -> None:
         """Leave the tensors that the next `add_norm` takes as they are: somebody may have them."""
         self._keeps = True
@@ -69,11 +73,8 @@ class BlockSequence(_Sequence):
     ) -> tuple[Tensor, Tensor]:
         """Return what the op does, perhaps in the memory of `x` and of `residual`; see `keep`."""
 
-        def function(x, residual, weight, bias):
-            _check_norm(x, residual, weight, bias, eps, kind, torch.float32)
-            forward = _resolve_norm("auto", x, x.dtype).forward
-            dtype = _residual_dtype(x, torch.float32)
-            return forward(x, residual, weight, bias, eps, kind, dtype)[:2]
+        def function(*tensors):
+            return _add_norm(*tensors, eps, kind)[:2]
 
         call = self._call(("add_norm", eps, kind), function, in_place={0: 0, 1: 1})
         if self._keeps:
@@ -116,8 +117,9 @@ class TrainingSequence(_Sequence):
 
     @staticmethod
     def serves(x: Tensor) -> bool:
-        """Whether a backend that can repeat itself has such tokens, and nobody looks on."""
-        return _can_repeat(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        """Whether that can be, outside of graphs, which have no use for it."""
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        return _Sequence.serves(x) and not capturing
 
     def add_norm(
         self,
@@ -150,11 +152,8 @@ class TrainingSequence(_Sequence):
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sequence, eps, kind, x, residual, weight, bias):
-        def function(x, residual, weight, bias):
-            _check_norm(x, residual, weight, bias, eps, kind, torch.float32)
-            forward = _resolve_norm("auto", x, x.dtype).forward
-            dtype = _residual_dtype(x, torch.float32)
-            return forward(x, residual, weight, bias, eps, kind, dtype)
+        def function(*tensors):
+            return _add_norm(*tensors, eps, kind)
 
         call = sequence._call(("add_norm", eps, kind), function, apart=True)
         normed, new_residual, rstd = call(x, residual, weight, bias)
@@ -174,15 +173,13 @@ class _AddNorm(torch.autograd.Function):
             dnormed = torch.zeros_like(new_residual)
         kind, x_dtype, has_bias = ctx.kind, ctx.x_dtype, bias is not None
 
-        def function(dnormed, dnew_residual, new_residual, rstd, weight):
-            backward = _resolve_norm("auto", new_residual, x_dtype).backward
-            given = dnormed, dnew_residual, new_residual, rstd, weight
-            return backward(*given, x_dtype, kind, has_bias)
+        def function(*tensors):
+            backward = _resolve_norm("auto", tensors[2], x_dtype).backward
+            return backward(*tensors, x_dtype, kind, has_bias)
 
         key = "add_norm_bwd", kind, x_dtype, has_bias
         call = ctx.sequence._call(key, function, apart=True)
-        given = dnormed, dnew_residual, new_residual, rstd, weight
-        dx, dresidual, dweight, dbias = call(*given)
+        dx, dresidual, dweight, dbias = call(dnormed, dnew_residual, new_residual, rstd, weight)
         if ctx.residual_dtype is None:
             dresidual = None
         else:
@@ -251,13 +248,11 @@ class _Mixer(torch.autograd.Function):
         return None, None, None, dxz, dweight.to(out_weight.dtype), dbias, *gradients
 
 
-def _can_repeat(x: Tensor) -> bool:
-    """Whether a backend that can repeat itself has such tokens, and nobody looks on."""
-    looked_on = torch._C._len_torch_dispatch_stack() > 0
-    if type(x) is not Tensor or looked_on or torch._C._are_functorch_transforms_active():
-        return False
-    backends = _resolve_mixer("auto", x), _resolve_norm("auto", x, x.dtype)
-    return all(hasattr(backend, "Repeated") for backend in backends)
+def _add_norm(x, residual, weight, bias, eps: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (normed, new_residual, rstd) as the op does."""
+    _check_norm(x, residual, weight, bias, eps, kind, torch.float32)
+    forward = _resolve_norm("auto", x, x.dtype).forward
+    return forward(x, residual, weight, bias, eps, kind, _residual_dtype(x, torch.float32))
 
 
 def _halves(branches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
