@@ -52,10 +52,14 @@ enum Visit { FIRST, MIDDLE, SECOND };
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
           int STEPS>
 struct TeamShared {
+    // Tiles of activations; see TileItem for the order of a row's channels.
     alignas(16) scalar_t u[2][T][CH];
-    static constexpr bool PRODUCT = STEPS > 0;
-    alignas(16) scalar_t dt[PRODUCT ? 1 : 2][PRODUCT ? 1 : T][CH];
-    // A warp that stores products, or loads weights, meets every bank once.
+    // The step sizes before bias and softplus; as a product, the factors where S > 1 and else the
+    // result, with a pitch such that a warp meets every bank once.
+    static constexpr bool GIVEN = STEPS == 0, PRODUCT = STEPS > 0 && S == 1;
+    static constexpr bool FACTORS = STEPS > 0 && S > 1;
+    alignas(16) scalar_t dt[GIVEN ? 2 : 1][GIVEN ? T : 1][CH];
+    alignas(16) scalar_t low_rank[FACTORS ? 2 : 1][FACTORS ? T : 1][8 * (STEPS | 1)];
     static constexpr int DT_PITCH = PRODUCT ? CH + 4 : CH, WEIGHT_PITCH = 4 * (STEPS | 1);
     alignas(16) float product[PRODUCT ? T : 1][PRODUCT ? DT_PITCH : 4];
     unsigned dt_proj[PRODUCT ? CH : 1][WEIGHT_PITCH];
@@ -74,30 +78,14 @@ struct TeamShared {
     // Pitches such that a warp that stores sums of S lanes, or step sizes, meets every bank once.
     static constexpr int WARP_CHANNELS = 32 / S * CPT;
     static constexpr int Y_PITCH = CH + (S == 1 ? 0 : S == 4 && U == S ? 8 : 4);
-    static constexpr int DRIVE_PITCH = T + (WARP_CHANNELS == 4 ? 4 : 2);
+    static constexpr int DRIVE_PITCH = T + 2;
     alignas(16) float y[Y_ROWS][Y_PITCH];
     alignas(16) float2 drive[S > 1 ? CH * DRIVE_PITCH : 1];  // (delta, delta * u) for S > 1
 };
 
-// d += a * b on the tensor cores. With g = lane / 4 and t = lane % 4, a lane gives rows g and g + 8 of
-// a (16, 8), columns 2 t and 2 t + 1, and the same rows of b, column g; it gets d[0], d[1] = d(g, 2 t),
-// d(g, 2 t + 1), and d[2], d[3] = the same of row g + 8.
-__device__ __forceinline__ void mma(__nv_bfloat16, float (&d)[4], const unsigned (&a)[2],
-                                    unsigned b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-__device__ __forceinline__ void mma(__half, float (&d)[4], const unsigned (&a)[2], unsigned b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
-// A thread's part in multiplying T tokens' low-rank rows by dt_proj. `load` reads them as the mma
-// takes them, 8 tokens at a time for every warp of the team; `multiply` leaves dt in shared memory.
+// A thread's part in multiplying T tokens' low-rank rows by dt_proj where S = 1. `load` reads them as
+// the tensor cores take them, 8 tokens at a time for every warp of the team; `multiply` leaves dt in
+// shared memory.
 template <typename scalar_t, int CH, int T, int TEAM, int STEPS>
 struct LowRankItem {
     static constexpr int WARPS = TEAM / 32, COUNT = (T / 8 + WARPS - 1) / WARPS;
@@ -137,7 +125,7 @@ struct LowRankItem {
                 if (T / 8 % WARPS && first >= T) break;
                 float d[4] = {};
 #pragma unroll
-                for (int k = 0; k < STEPS; ++k) mma(scalar_t(), d, weight[k], raw[i][k]);
+                for (int k = 0; k < STEPS; ++k) multiply_add(scalar_t(), d, weight[k], raw[i][k]);
                 float(*to)[Shared::DT_PITCH] = my.product + first + 2 * t;
                 to[0][c + g] = d[0], to[1][c + g] = d[1];
                 if (c + 8 < CH) to[0][c + g + 8] = d[2], to[1][c + g + 8] = d[3];
@@ -149,6 +137,79 @@ template <typename scalar_t, int CH, int T, int TEAM>
 struct LowRankItem<scalar_t, CH, T, TEAM, 0> {
     __device__ __forceinline__ explicit LowRankItem(int) {}
     __device__ __forceinline__ int row() const { return 0; }
+};
+
+// Where S > 1 a warp works out the step sizes of its CHANNELS channels, two a lane: those of channels
+// `column` and the next, and the same of each further 8, in rows `row`, row + ROWS and so on. It is
+// where products on the tensor cores leave results that have a row a token and a column a channel.
+template <int CHANNELS>
+struct StepItem {
+    static constexpr int COLUMNS = CHANNELS < 8 ? CHANNELS : 8, ROWS = 64 / COLUMNS;
+    static constexpr int GROUPS = CHANNELS / COLUMNS;
+    int g, t, row, column;
+
+    __device__ __forceinline__ StepItem()
+        : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), row(t / (COLUMNS / 2) * 8 + g),
+          column(t % (COLUMNS / 2) * 2) {}
+};
+
+// Those step sizes as products. A row's 8 * STEPS numbers wait in shared memory; what a warp needs of
+// dt_proj stays in its registers.
+template <typename scalar_t, int CHANNELS, int STEPS>
+struct StepProducts {
+    using Item = StepItem<CHANNELS>;
+    unsigned weights[Item::GROUPS][STEPS];
+
+    // `from` is where the rows of the warp's channels start, of which `channels` exist.
+    __device__ __forceinline__ void load(const Item &item, const unsigned *from, int channels) {
+#pragma unroll
+        for (int j = 0; j < Item::GROUPS; ++j) {
+            const int channel = 8 * j + item.g % Item::COLUMNS;
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k)
+                weights[j][k] =
+                    channel < channels ? from[channel * (4 * STEPS) + 4 * k + item.t] : 0;
+        }
+    }
+
+    // The results of COUNT items, counted along a row's groups first, from row `first` of the tile on.
+    template <int COUNT, int T, int PITCH>
+    __device__ __forceinline__ void multiply(const Item &item, const scalar_t (&rows)[T][PITCH],
+                                             int first, float (&result)[COUNT][2]) const {
+        constexpr int COLUMNS = Item::COLUMNS, GROUPS = Item::GROUPS;
+        constexpr int TILES = COUNT / GROUPS * Item::ROWS / 16;
+        static_assert(TILES * 16 * GROUPS == COUNT * Item::ROWS, "whole tiles of 16 rows");
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) {
+            unsigned a[2 * STEPS];
+#pragma unroll
+            for (int k = 0; k < 2 * STEPS; ++k)
+                a[k] = *reinterpret_cast<const unsigned *>(
+                    &rows[first + 16 * m + k % 2 * 8 + item.g][k / 2 * 8 + 2 * item.t]);
+#pragma unroll
+            for (int j = 0; j < GROUPS; ++j) {
+                float d[4] = {};
+#pragma unroll
+                for (int k = 0; k + 1 < STEPS; k += 2)
+                    multiply_add(scalar_t(), d, {a[2 * k], a[2 * k + 1], a[2 * k + 2], a[2 * k + 3]},
+                                 weights[j][k], weights[j][k + 1]);
+                if constexpr (STEPS % 2)
+                    multiply_add(scalar_t(), d, {a[2 * STEPS - 2], a[2 * STEPS - 1]},
+                                 weights[j][STEPS - 1]);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if constexpr (COLUMNS == 8) {
+                        result[2 * m * GROUPS + j][i] = d[i];
+                        result[(2 * m + 1) * GROUPS + j][i] = d[2 + i];
+                    } else if constexpr (COLUMNS == 4) {
+                        result[m][i] = item.t / 2 ? d[2 + i] : d[i];
+                    } else if (item.t / 2 == m % 2) {
+                        result[m / 2][i] = item.t % 2 ? d[2 + i] : d[i];
+                    }
+                }
+            }
+        }
+    }
 };
 
 // What a lane knows of its CPT channels, and the recurrence for its NS states of each.
@@ -269,6 +330,23 @@ __device__ __forceinline__ void wait_for_team(int team) {
     }
 }
 
+// Where a direction has a block of its own, the two of the same channels are a cluster.
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+// What stands in shared memory of block `rank` of the cluster where `mine` does in this block's.
+template <typename T> __device__ __forceinline__ const T *in_block(unsigned rank, const T *mine) {
+    unsigned long long theirs;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+    return reinterpret_cast<const T *>(theirs);
+}
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define CLUSTER_OF(blocks)
+#endif
+
 // Blocks that a multiprocessor need not hold. sm_80's code needs a few registers more to leave states.
 template <int S, int MODE>
 #if __CUDA_ARCH__ >= 900
@@ -278,13 +356,16 @@ constexpr int FEWER = S > 1 && MODE == OUTPUT_AND_STATES ? 1 : FEWER_BLOCKS;
 #endif
 
 // U tokens are scanned at a time. VECTOR: every access can be vectorised, and all N states exist.
+// APART: each direction has a block of its own.
 template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int DIRS, int MODE,
-          int STEPS, bool SOFTPLUS, bool VECTOR, int MIN_BLOCKS>
-__global__ void __launch_bounds__(CH / CPT * S * DIRS,
-                  MIN_BLOCKS > FEWER<S, MODE> ? MIN_BLOCKS - FEWER<S, MODE> : 1)
+          int STEPS, bool SOFTPLUS, bool VECTOR, bool APART, int MIN_BLOCKS>
+__global__ void CLUSTER_OF(APART ? 2 : 1)
+    __launch_bounds__(CH / CPT * S * (APART ? 1 : DIRS),
+                      MIN_BLOCKS > FEWER<S, MODE> ? MIN_BLOCKS - FEWER<S, MODE> : 1)
 selective_scan_fwd_kernel(const ScanParams p) {
     constexpr int N = NS * S;
     constexpr int TEAM = CH / CPT * S;  // threads of a direction
+    constexpr int TEAMS = APART ? 1 : DIRS;  // of a block
     constexpr int QUAD = N < 4 ? N : 4;
     constexpr bool HAS_Y = MODE != STATES_ONLY;
     constexpr bool ROUNDED = ONLY_ROUNDED<scalar_t, DIRS, MODE>;
@@ -293,7 +374,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
                       (T % SPACING == 0 && (S == 1 ? SPACING % U : U % SPACING) == 0),
                   "states are left where tokens that are scanned together begin");
     using Shared = TeamShared<scalar_t, NS, S, CPT, CH, T, U, DIRS, MODE, STEPS>;
-    __shared__ Shared shared[DIRS];
+    __shared__ Shared shared[TEAMS];
 
     float scale;  // converted here: the compiler would do it again, slowly, at each use
     asm volatile("cvt.rn.f32.f64 %0, %1;" : "=f"(scale) : "d"(p.scale));
@@ -301,10 +382,10 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int states = VECTOR ? N : static_cast<int>(p.states);
 
     // Who this thread is.
-    int team = DIRS == 2 ? threadIdx.x / TEAM : 0;
+    int team = APART ? blockIdx.x % 2 : DIRS == 2 ? threadIdx.x / TEAM : 0;
     // Tell the compiler that it is the same in all of a warp; where lanes that share a channel hold
     // 16 states each, its code would spill then.
-    if constexpr (S == 1 || NS < 16) team = __shfl_sync(FULL_WARP, team, 0);
+    if constexpr (!APART && (S == 1 || NS < 16)) team = __shfl_sync(FULL_WARP, team, 0);
     const int thread = threadIdx.x % TEAM;
     // Its share of the states, and its first channel in the block's. Neighbours in the lowest bit
     // read the same B and C, those in the next bit the same step sizes: an access of 16 bytes takes
@@ -313,12 +394,19 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int s = thread / NEAR % S;
     const int c0 = (thread / (NEAR * S) * NEAR + thread % NEAR) * CPT;
     const bool backwards = DIRS == 2 ? team == 1 : p.reverse != 0;
-    Shared &my = shared[team];
+    Shared &my = shared[APART ? 0 : team];
+    auto wait_for_both = [] {
+        if constexpr (APART) {
+            wait_for_cluster();
+        } else {
+            __syncthreads();
+        }
+    };
 
     // What this block does: channels [d0, d0 + channels) of one group, tokens of one chunk.
     const int group_channels = static_cast<int>(p.channels) / static_cast<int>(p.groups);
     const int group_blocks = (group_channels + CH - 1) / CH;
-    unsigned index = blockIdx.x;
+    unsigned index = APART ? blockIdx.x / 2 : blockIdx.x;
     const int in_group = index % group_blocks * CH;
     index /= group_blocks;
     const int group = index % static_cast<unsigned>(p.groups);
@@ -336,7 +424,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
     };
 
     // This thread's part in moving tiles, and its address in each tensor for the tile to come.
-    using Item = TileItem<T, CH, TEAM, scalar_t>;
+    using Item = TileItem<T, CH, TEAM, scalar_t, (S > 1)>;
     const Item item(thread, channels);
     using Matrices = MatrixItem<T, NS, S, TEAM, scalar_t>;
     Matrices matrices(thread, states);
@@ -350,13 +438,13 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int dy_stride = sign * static_cast<int>(p.dy_token);
     const int y_stride = sign * static_cast<int>(p.y_token);
     const scalar_t *u = start_of(p.u, team * p.u_dir + batch * p.u_batch, p.u_token);
-    using LowRank = LowRankItem<scalar_t, CH, T, TEAM, STEPS>;
-    LowRank low_rank(thread);
+    LowRankItem<scalar_t, CH, T, TEAM, S == 1 ? STEPS : 0> low_rank(thread);
     const long long dt_offset = team * p.dt_dir + batch * p.dt_batch;
     const scalar_t *dt = start_of(p.dt, dt_offset, p.dt_token);
     if constexpr (STEPS > 0)
         dt = static_cast<const scalar_t *>(p.dt) + dt_offset +
-             (first_token + walk.first(low_rank.row())) * p.dt_token + thread % 4 * 2;
+             (first_token + walk.first(low_rank.row())) * p.dt_token +
+             (S == 1 ? thread % 4 * 2 : 0);
     const scalar_t *z = start_of(p.z, batch * p.z_batch, p.z_token);
     const scalar_t *dy = start_of(p.dy, batch * p.dy_batch, p.dy_token);
     scalar_t *y = const_cast<scalar_t *>(start_of(p.y, batch * p.y_batch, p.y_token));
@@ -379,10 +467,18 @@ selective_scan_fwd_kernel(const ScanParams p) {
     auto prefetch = [&](int step) {
         const int stage = step % 2, low = walk.low(step), high = walk.high(step);
         item.read(my.u[stage], u, u_stride, low, high, vector_rows);
-        if constexpr (STEPS > 0) {
+        if constexpr (Shared::GIVEN) {
+            item.read(my.dt[stage], dt, dt_stride, low, high, vector_rows);
+        } else if constexpr (Shared::PRODUCT) {
             low_rank.load(dt, dt_stride, low, high);
         } else {
-            item.read(my.dt[stage], dt, dt_stride, low, high, vector_rows);
+#pragma unroll
+            for (int k = 0; k < T * STEPS; k += TEAM) {
+                const int i = k + thread, r = i / STEPS, n = i % STEPS * 8;
+                if (T * STEPS % TEAM && i >= T * STEPS) break;
+                copy_async<16>(&my.low_rank[stage][r][n],
+                               dt + static_cast<long long>(r) * dt_stride + n, r >= low && r < high);
+            }
         }
         matrices.load(BC, BC_step, low, high, vector_bc);
         u += static_cast<long long>(T) * u_stride;
@@ -432,24 +528,31 @@ selective_scan_fwd_kernel(const ScanParams p) {
         }
     }
 
-    // For S > 1: the bias of the two channels whose step sizes this thread works out, and D of the
+    // For S > 1: the bias of the channels whose step sizes this thread works out, and D of the
     // channels that it writes out.
-    constexpr int WARP_CHANNELS = Shared::WARP_CHANNELS;
-    const int drive_channel =
-        thread / 32 * WARP_CHANNELS + threadIdx.x % (WARP_CHANNELS / 2) * 2;
-    float drive_bias[2] = {}, skip[Item::VEC] = {};
+    constexpr int WARP_CHANNELS = S > 1 ? Shared::WARP_CHANNELS : 8;
+    using Steps = StepItem<WARP_CHANNELS>;
+    const Steps steps;
+    const int warp_channel = thread / 32 * WARP_CHANNELS;
+    StepProducts<scalar_t, WARP_CHANNELS, Shared::FACTORS ? STEPS : 1> products;
+    float step_bias[Steps::GROUPS][2] = {}, skip[Item::VEC] = {};
     if constexpr (S > 1) {
         const long long d = team * p.channels + d0;
+        if constexpr (Shared::FACTORS)
+            products.load(steps,
+                          static_cast<const unsigned *>(p.dt_proj) + (d + warp_channel) * 4 * STEPS,
+                          channels - warp_channel);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-            if (drive_channel + j < channels && p.dt_bias != nullptr)
-                drive_bias[j] = p.dt_bias[d + drive_channel + j];
+        for (int j = 0; j < 2 * Steps::GROUPS; ++j) {
+            const int c = warp_channel + steps.column + j / 2 * 8 + j % 2;
+            if (c < channels && p.dt_bias != nullptr) step_bias[j / 2][j % 2] = p.dt_bias[d + c];
+        }
 #pragma unroll
         for (int j = 0; j < Item::VEC; ++j)
             if (HAS_Y && j < item.columns && p.D != nullptr) skip[j] = p.D[d + item.column + j];
         // Wait for them here: who waits in the loop waits for other loads in flight as well.
 #pragma unroll
-        for (int j = 0; j < 2; ++j) drive_bias[j] += 0.f;
+        for (int j = 0; j < 2 * Steps::GROUPS; ++j) step_bias[j / 2][j % 2] += 0.f;
 #pragma unroll
         for (int j = 0; j < Item::VEC; ++j) skip[j] += 0.f;
     }
@@ -489,13 +592,13 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
     prefetch(0);
     commit_copies();
-    if constexpr (STEPS > 0) {
+    if constexpr (Shared::PRODUCT) {
         const unsigned *weights = static_cast<const unsigned *>(p.dt_proj) +
                                   (team * p.channels + d0) * (4 * STEPS);
         for (int i = thread; i < CH * 4 * STEPS; i += TEAM)
             my.dt_proj[i / (4 * STEPS)][i % (4 * STEPS)] =
                 i < channels * 4 * STEPS ? weights[i] : 0;
-        wait_for_team<TEAM, DIRS>(team);
+        wait_for_team<TEAM, TEAMS>(team);
     }
     matrices.store(my.BC);
 
@@ -507,12 +610,12 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
         // Stage 1: this tile has arrived and the last one is written out; ask for the next. Before
         // the first tile to which a team comes second, the other must have written its share.
-        if constexpr (STEPS > 0) low_rank.multiply(my);
+        if constexpr (Shared::PRODUCT) low_rank.multiply(my);
         wait_copies<0>();
         if (DIRS == 2 && HAS_Y && visit == SECOND && visit_of(step - 1) != SECOND) {
-            __syncthreads();
+            wait_for_both();
         } else {
-            wait_for_team<TEAM, DIRS>(team);
+            wait_for_team<TEAM, TEAMS>(team);
         }
         if constexpr (HAS_Y) {
             if (visit != FIRST) {
@@ -554,50 +657,61 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 scan(r, high);
             }
         } else {
-            // A warp works out the step sizes of its channels for the whole tile, two a lane.
+            // The warp's step sizes of the whole tile.
             constexpr int NEXT_ROW = CPT == 1 ? 1 : CH;  // in `drive`
             auto drive_at = [&](int r, int c) {
                 return &my.drive[CPT == 1 ? c * Shared::DRIVE_PITCH + r : r * CH + c];
             };
-            constexpr int ROWS = 64 / WARP_CHANNELS;
-            const int drive_row = threadIdx.x % 32 / (WARP_CHANNELS / 2);
-            const scalar_t *u_from = &my.u[stage][drive_row][drive_channel];
-            const auto *dt_from = my.dt_at(stage, drive_row, drive_channel);
-            float2 *drive_to[2] = {drive_at(drive_row, drive_channel),
-                                   drive_at(drive_row, drive_channel + 1)};
-            constexpr int ALL = (T + ROWS - 1) / ROWS, BATCH = ALL % 4 ? ALL % 2 ? 1 : 2 : 4;
+            constexpr int ROWS = Steps::ROWS, GROUPS = Steps::GROUPS;
+            const int row = steps.row, column = warp_channel + steps.column;
+            const scalar_t *u_from[GROUPS], *dt_from[GROUPS];
+            float2 *drive_to[GROUPS];
+#pragma unroll
+            for (int j = 0; j < GROUPS; ++j) {
+                const int place = Item::place(row, column + 8 * j);
+                u_from[j] = &my.u[stage][row][place];
+                dt_from[j] = &my.dt[Shared::GIVEN ? stage : 0][Shared::GIVEN ? row : 0][place];
+                drive_to[j] = drive_at(row, column + 8 * j);
+            }
+            constexpr int ALL = (T + ROWS - 1) / ROWS * GROUPS, BATCH = ALL % 4 ? ALL % 2 ? 1 : 2 : 4;
 #pragma unroll
             for (int k = 0; k < ALL; k += BATCH) {
-                if (ROWS > T && drive_row >= T) break;
+                if (ROWS > T && row >= T) break;
                 float u_[BATCH][2], delta[BATCH][2];  // many at a time: the chains are long
+                if constexpr (Shared::FACTORS)
+                    products.multiply(steps, my.low_rank[stage], k / GROUPS * ROWS, delta);
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
-                    load(u_from + (k + i) * ROWS * CH, u_[i]);
-                    load(dt_from + (k + i) * ROWS * Shared::DT_PITCH, delta[i]);
+                    const int j = (k + i) % GROUPS, down = (k + i) / GROUPS * ROWS * CH;
+                    load(u_from[j] + down, u_[i]);
+                    if constexpr (Shared::GIVEN) load(dt_from[j] + down, delta[i]);
                 }
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        delta[i][j] += drive_bias[j];
+                        delta[i][j] += step_bias[(k + i) % GROUPS][j];
                         if constexpr (SOFTPLUS)
                             delta[i][j] = step_size<ROUNDED>(scalar_t(), delta[i][j]);
                     }
                 }
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
+                    const int down = (k + i) / GROUPS * ROWS * NEXT_ROW;
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
-                        drive_to[j][(k + i) * ROWS * NEXT_ROW] =
+                        drive_to[(k + i) % GROUPS][down + j * (CPT == 1 ? Shared::DRIVE_PITCH : 1)] =
                             make_float2(delta[i][j], delta[i][j] * u_[i][j]);
                 }
             }
             if (low > 0 || high < T) {
 #pragma unroll 1
-                for (int r = drive_row; r < T; r += ROWS) {
+                for (int r = row; r < T; r += ROWS) {
                     if (r >= low && r < high) continue;
                     // No step leaves the state as it is.
-                    *drive_at(r, drive_channel) = *drive_at(r, drive_channel + 1) = float2{};
+#pragma unroll
+                    for (int j = 0; j < 2 * GROUPS; ++j)
+                        *drive_at(r, column + j / 2 * 8 + j % 2) = float2{};
                 }
             }
             __syncwarp();
@@ -685,9 +799,9 @@ selective_scan_fwd_kernel(const ScanParams p) {
         // Stage 3: add the other direction, gate and write out, 16 bytes at a time.
         if constexpr (HAS_Y) wait_copies<1>();  // this tile's z and share; not the next tile
         if (DIRS == 2 && HAS_Y && visit == MIDDLE) {
-            __syncthreads();
+            wait_for_both();
         } else {
-            wait_for_team<TEAM, DIRS>(team);
+            wait_for_team<TEAM, TEAMS>(team);
         }
         if (step + 1 < tiles) matrices.store(my.BC);
         if constexpr (HAS_Y) {
@@ -701,19 +815,21 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 load(&my.y[r][c], sum);
                 if constexpr (S > 1) {
                     float u_[VEC];
-                    load(&my.u[stage][r][c], u_);
+                    load(&my.u[stage][r][item.placed], u_);
 #pragma unroll
                     for (int j = 0; j < VEC; ++j) sum[j] = fmaf(skip[j], u_[j], sum[j]);
                 }
                 if (DIRS == 2 && visit != FIRST) {
                     float other[VEC];
                     if (visit == SECOND) {
-                        load(&my.other[r][c], other);
+                        load(&my.other[r][item.placed], other);
                     } else {
-                        load(&shared[DIRS - 1].y[T - 1 - r][c], other);
+                        const Shared *theirs = &shared[TEAMS - 1];
+                        if constexpr (APART) theirs = in_block(1, theirs);
+                        load(&theirs->y[T - 1 - r][c], other);
                         if constexpr (S > 1) {
                             float u_[VEC];
-                            load(&shared[DIRS - 1].u[stage][T - 1 - r][c], u_);
+                            load(&theirs->u[stage][T - 1 - r][Item::place(T - 1 - r, c)], u_);
 #pragma unroll
                             for (int j = 0; j < VEC; ++j)
                                 if (j < item.columns && p.D != nullptr)
@@ -735,10 +851,10 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 };
                 if (visit != FIRST && p.z != nullptr) {
                     float z_[VEC];
-                    load(&my.z[r][c], z_);
+                    load(&my.z[r][item.placed], z_);
                     if constexpr (MODE == STATES_AND_DZ) {
                         float dy_[VEC], out[VEC];
-                        load(&my.dy[r][c], dy_);
+                        load(&my.dy[r][item.placed], dy_);
 #pragma unroll
                         for (int j = 0; j < VEC; ++j) {
                             const float gate = fast_sigmoid(z_[j]);
@@ -763,6 +879,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
         }
     }
 
+    if constexpr (APART) wait_for_cluster();  // the other block may still read this one's memory
 #pragma unroll
     for (int j = 0; j < CPT; ++j) {
         if (c0 + j >= channels) continue;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "tensor_cores.cuh"
 
 // Arguments, each eight bytes, filled by vim/ops/cuda/selective_scan.py in this order. With two
 // directions u, dt, B, C, A, D, dt_bias hold forward's and reverse's values, `*_dir` apart. Strides
@@ -100,19 +101,6 @@ __device__ __forceinline__ void reduce_transposed(float (&v)[COUNT], int s) {
     }
 }
 
-// d = a * b + c on the tensor cores, in tf32. With g = lane / 4 and t = lane % 4, a lane gives a[0]
-// of (row g, k t), a[1] of (g + 8, t), a[2] of (g, t + 4), a[3] of (g + 8, t + 4); b[0] of (k t,
-// column g), b[1] of (t + 4, g); c and d are (row g, columns 2 t and 2 t + 1), then row g + 8.
-__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const float (&a)[4],
-                                                  const float (&b)[2], const float (&c)[4]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %11, %12, %13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])),
-          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
 // The tokens of one team's tiles in the order it scans them. Rows of a tile are in scan order, so
 // that row r of the reverse team's tile is row T - 1 - r of the same tokens' tile forwards. Only
 // rows from `low` to `high` exist: all but at the end of a chunk.
@@ -134,18 +122,27 @@ struct Walk {
 };
 
 // A thread's part in moving tiles of T x CH activations between global and shared memory: 16 bytes
-// of every ROW_STEP-th row, at a fixed column.
-template <int T, int CH, int THREADS, typename scalar_t>
+// of every ROW_STEP-th row, at a fixed column. SPREAD: in shared memory those 16 bytes change places
+// within a row, so that a warp that reads the same channels of eight rows meets more banks.
+template <int T, int CH, int THREADS, typename scalar_t, bool SPREAD = false>
 struct TileItem {
     static constexpr int VEC = 16 / sizeof(scalar_t);
+    static constexpr int PLACES = SPREAD ? CH / VEC : 1;
     static constexpr int ROW_STEP = THREADS / (CH / VEC);
     static constexpr int COUNT = (T + ROW_STEP - 1) / ROW_STEP;
     static_assert(THREADS % (CH / VEC) == 0, "a thread stays in its column");
+    static_assert(8 % PLACES == 0 && (PLACES == 1 || ROW_STEP % 8 == 0), "and in its place");
     int row, column, columns;  // columns: how many of the VEC exist
+    int placed;                // where the column is in shared memory
 
     __device__ __forceinline__ TileItem(int thread, int channels)
         : row(thread / (CH / VEC)), column(thread % (CH / VEC) * VEC),
-          columns(min(VEC, channels - column)) {}
+          columns(min(VEC, channels - column)), placed(place(row, column)) {}
+
+    // Where column c of row r is; the same in every eighth row.
+    __device__ __forceinline__ static int place(int r, int c) {
+        return PLACES == 1 ? c : (c / VEC ^ r / (8 / PLACES) % PLACES) * VEC + c % VEC;
+    }
 
     // Read rows [low, high), zeros elsewhere; `from` is where this thread's first row is.
     template <int PITCH>
@@ -158,11 +155,11 @@ struct TileItem {
             const bool valid = r >= low && r < high && columns > 0;
             const scalar_t *at = from + static_cast<long long>(k * ROW_STEP) * stride;
             if (vector) {
-                copy_async<16>(&to[r][column], at, valid);
+                copy_async<16>(&to[r][placed], at, valid);
             } else {
 #pragma unroll 1
                 for (int j = 0; j < VEC; ++j)
-                    to[r][column + j] = valid && j < columns ? at[j] : from_float<scalar_t>(0.f);
+                    to[r][placed + j] = valid && j < columns ? at[j] : from_float<scalar_t>(0.f);
             }
         }
     }

@@ -72,14 +72,21 @@ def test_scan_backward_in_chunks(monkeypatch):
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
 def test_scan_by_so_many_lanes_a_channel(lanes):
     scans.test_every_way_to_share_the_work_out((16, lanes), lanes % 4 == 0, torch.bfloat16)
-    scans.test_result_in_the_place_of_u((16, lanes), 24, torch.bfloat16)
+    scans.test_result_in_the_place_of_u((16, lanes, False), 24, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_scan_by_a_block_for_each_direction(lanes, dtype):
+    scans.test_result_in_the_place_of_u((16, lanes, True), 149, dtype)
+    scans.check_both_directions(Shape(1, 40, 72, N=16), ("z",), dtype, (16, lanes, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize(("lanes", "apart"), [(1, False), (8, False), (4, True)])
 @pytest.mark.parametrize("length", [9, 40])
-def test_scan_that_keeps_its_states(length, lanes, dtype):
-    scans.test_states_kept_by_the_forward((16, lanes), length, dtype)
+def test_scan_that_keeps_its_states(length, lanes, apart, dtype):
+    scans.test_states_kept_by_the_forward((16, lanes, apart), length, dtype)
 
 
 @pytest.mark.parametrize("chunk", [None, 64])
@@ -89,9 +96,12 @@ def test_scan_that_keeps_its_states_backward_in_chunks(shape, chunk, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lanes", [1, 8])
-def test_scan_with_dt_as_a_product(lanes, dtype):
-    scans.test_dt_as_a_product((16, lanes), 24, dtype)
+@pytest.mark.parametrize(
+    ("lanes", "apart", "rank"),
+    [(1, False, 24), (2, False, 24), (4, True, 24), (8, True, 16), (8, False, 32), (16, True, 8)],
+)
+def test_scan_with_dt_as_a_product(lanes, apart, rank, dtype):
+    scans.test_dt_as_a_product((16, lanes, apart), rank, dtype)
 
 
 def test_scan_gradient_in_the_place_of_dt(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vim.ops import selective_scan, selective_scan_reference
+from vim.ops.cuda import _compile
 from vim.ops.cuda import selective_scan as cuda_scan
 
 from .cases import (
@@ -99,6 +100,24 @@ def test_ranges(range_, dtype):
 
 WAYS = [(1, 1), (8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (16, 8), (16, 16)]
 WAYS += [(32, 2), (32, 4), (64, 4), (64, 8), (64, 16)]
+APART = [way for way in WAYS if way[1] >= 4 and way[0] < 16 * way[1]]
+
+
+def both_ways(ways):
+    """Parameters of (states, lanes, apart): a block for both directions, or a cluster of two."""
+    return [
+        pytest.param((*way, apart), id=f"N{way[0]}-S{way[1]}{'-apart' if apart else ''}")
+        for apart in (False, True)
+        for way in ways
+        if not apart or way in APART
+    ]
+
+
+def make_variant(way, dtype, **options):
+    states, lanes, apart = way
+    if apart and DEVICE.type == "cuda" and not _compile.has_clusters(0):
+        pytest.skip("this GPU has no clusters of blocks")
+    return cuda_scan._variant(states, lanes, dtype, apart=apart, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,7 +218,7 @@ def check_both_directions(shape, options, dtype, way=None, chunk=None, keep=Fals
     """Check output and gradients.
 
     Args:
-        way: (N, lanes a channel) of the forward, if not as it chooses.
+        way: (N, lanes a channel, apart) of the forward, if not as it chooses.
         chunk: tokens that the forward takes at a time, if `way` is given.
         keep: whether the forward leaves for the backward what it needs.
     """
@@ -224,7 +243,7 @@ def check_both_directions(shape, options, dtype, way=None, chunk=None, keep=Fals
         y = cuda_scan.forward_bidirectional(*arguments, kept=kept)
     else:
         both = cuda_scan._Scan(*arguments, True, False, 0.5)
-        variant = cuda_scan._variant(*way, dtype, chunked=chunk is not None, keeps=keep)
+        variant = make_variant(way, dtype, chunked=chunk is not None, keeps=keep)
         y, _ = cuda_scan._scan_forward(both, None, False, variant, chunk, kept=kept)
     gradients = cuda_scan.backward_bidirectional(dy, *arguments, kept=kept)
     actual = {"y": y}
@@ -235,7 +254,7 @@ def check_both_directions(shape, options, dtype, way=None, chunk=None, keep=Fals
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 24, 59, 149])
-@pytest.mark.parametrize("way", [(16, lanes) for lanes in (1, 2, 4, 8, 16)] + [(1, 1), (8, 1)])
+@pytest.mark.parametrize("way", both_ways([(16, n) for n in (1, 2, 4, 8, 16)] + [(1, 1), (8, 1)]))
 def test_states_kept_by_the_forward(way, length, dtype):
     shape = Shape(2, length, 72, N=way[0])
     for chunk in (None, 64):
@@ -267,10 +286,10 @@ def test_no_states_are_kept_of_float32_or_of_many():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [8, 24, 32])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"N{way[0]}-S{way[1]}")
+@pytest.mark.parametrize("way", both_ways(WAYS))
 def test_dt_as_a_product(way, rank, dtype):
     inputs, _ = both_directions(Shape(2, 149, 72, N=way[0]), dtype)
-    given = torch.randn(2, 2, 149, rank + 6).to(dtype)[..., :rank]
+    given = torch.randn(2, 2, 149, rank + 8).to(dtype)[..., :rank]
     weight = (torch.randn(2, 72, rank) * rank**-0.5).to(dtype)
     exact = []
     for tensors, wide in ((as_float64(inputs), torch.float64), (inputs, torch.float32)):
@@ -280,13 +299,14 @@ def test_dt_as_a_product(way, rank, dtype):
     inputs |= {"dt_softplus": True, "reverse": False, "scale": 0.5}
     for chunk in (None, 64):
         both = cuda_scan._Scan(**inputs, dt_proj=weight.to(DEVICE))
-        y, _ = cuda_scan._scan_forward(both, None, False, cuda_scan._variant(*way, dtype), chunk)
+        variant = make_variant(way, dtype, rank=rank)
+        y, _ = cuda_scan._scan_forward(both, None, False, variant, chunk)
         assert_close_to_truth({"y": y}, *exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [7, 8, 16, 24, 149])
-@pytest.mark.parametrize("way", WAYS[:8], ids=lambda way: f"N{way[0]}-S{way[1]}")
+@pytest.mark.parametrize("way", both_ways(WAYS[:8]))
 def test_result_in_the_place_of_u(way, length, dtype):
     inputs, _ = both_directions(Shape(2, length, 72, N=way[0]), dtype)
     inputs = on(DEVICE, inputs) | {"dt_softplus": True, "reverse": False, "scale": 0.5}
@@ -294,7 +314,7 @@ def test_result_in_the_place_of_u(way, length, dtype):
         results = []
         for overwrite_u in (False, True):
             both = cuda_scan._Scan(**inputs | {"u": inputs["u"].clone()})
-            variant = cuda_scan._variant(*way, dtype)
+            variant = make_variant(way, dtype)
             y, _ = cuda_scan._scan_forward(both, None, False, variant, chunk, overwrite_u)
             assert (y.data_ptr() == both.u.data_ptr()) == overwrite_u
             results.append(y)

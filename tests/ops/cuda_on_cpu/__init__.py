@@ -47,6 +47,8 @@ PTX = {
     f"{LDMATRIX}.trans": "device::load_matrices<true>(words, row);",
     "bar.sync 1": "device::wait_for_some(1, TEAM);",
     "bar.sync 2": "device::wait_for_some(2, TEAM);",
+    "barrier.cluster": "device::wait_for_cluster();",
+    "mapa.u64": "theirs = device::in_block(rank, mine);",
     "cvt.rn.f32.f64": "scale = static_cast<float>(p.scale);",
     "cp.async.cg": "device::copy_async(shared, global, BYTES, valid);",
     "cp.async.ca": "device::copy_async(shared, global, BYTES, valid);",
@@ -71,11 +73,18 @@ def without_ptx(source: str) -> str:
         if ptx and not bodies:
             raise ValueError(f"nothing stands for {ptx!r} on a CPU: add it to PTX")
         parts.append(bodies[0] if ptx else "")  # without any, it keeps a value in a register
+    text = "".join([*parts, source[end:]])
+    # Shared memory of either block of a cluster.
+    text = re.sub(
+        r"__shared__ Shared shared\[TEAMS\];",
+        "static Shared memory[2][TEAMS]; auto &shared = memory[device::rank()];",
+        text,
+    )
     # Shared memory whose size the launch says: as much as a block may have.
     return re.sub(
         r"extern __shared__ (\w+) (\w+)\[\];",
         rf"static \1 \2[{SHARED_BYTES} / sizeof(\1)];",
-        "".join([*parts, source[end:]]),
+        text,
     )
 
 
@@ -86,11 +95,12 @@ class Kernel:
         key = hashlib.sha256(name.encode()).hexdigest()[:16]
         program, library = folder / f"{key}.cpp", folder / f"{key}.so"
         if not library.exists():
+            cluster = 2 if "device::wait_for_cluster" in (folder / f"{source}.cu").read_text() else 1
             program.write_text(
                 f'#include "device.h"\n#include "{source}.cu"\n'
                 'extern "C" void run(const unsigned *grid, const unsigned *block,\n'
                 "                    const std::uint64_t *words) {\n"
-                f"    device::run<{name}>(grid, block, words);\n}}\n"
+                f"    device::run<{name}>({cluster}, grid, block, words);\n}}\n"
             )
             flags = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-w"]
             flags += ["-shared", "-fPIC", f"-I{folder}", f"-I{HERE}"]
@@ -153,4 +163,5 @@ def use(monkeypatch, folder: Path) -> None:
         monkeypatch.setattr(module, "unavailable", lambda device, dtype: None, raising=False)
         monkeypatch.setattr(module, "get_kernel", kernel)
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROCESSORS, raising=False)
+        monkeypatch.setattr(module, "has_clusters", lambda device: True, raising=False)
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_BYTES, raising=False)

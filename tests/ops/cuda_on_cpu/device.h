@@ -1,5 +1,5 @@
-// What a CUDA kernel finds on a GPU, for a C++ compiler: one block at a time, its threads as fibers that
-// change places wherever threads wait for one another. Slow, exact about who sees what: an asynchronous
+// What a CUDA kernel finds on a GPU, for a C++ compiler: one block, or cluster of two, at a time, its
+// threads as fibers that change places wherever threads wait for one another. Slow, exact about who sees what: an asynchronous
 // copy happens only when it is waited for, and the order of threads is another one after every wait.
 #pragma once
 
@@ -63,7 +63,8 @@ struct Thread {
     ucontext_t context;
     std::vector<char> stack;
     dim3 index;
-    int number = 0, groups = 0;  // groups: of copies, committed
+    int number = 0, rank = 0;  // in the cluster; of the block
+    int groups = 0;            // of copies, committed
     bool done = false;
     std::vector<Copy> copies;
 };
@@ -72,11 +73,12 @@ struct Warp { Barrier barrier; std::uint64_t words[32][8]; };
 
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
-inline Barrier barriers[16];
+struct Block { Barrier barriers[16]; dim3 index; int alive; };
+inline Block blocks[2];
+inline Barrier cluster;
 inline ucontext_t scheduler;
 inline Thread *current;
-inline dim3 block_index, block_size, grid_size;
-inline int alive;
+inline dim3 block_size, grid_size;
 inline bool progress;
 inline void (*entry)();
 
@@ -95,7 +97,14 @@ inline Warp &warp() { return warps[current->number / 32]; }
 inline int lane() { return current->number % 32; }
 inline int lanes() { return std::min<int>(32, threads.size() - current->number / 32 * 32); }
 inline void wait_for_warp() { wait(warp().barrier, lanes()); }
-inline void wait_for_some(int barrier, int count) { wait(barriers[barrier], count); }
+inline Block &block() { return blocks[current->rank]; }
+inline void wait_for_some(int barrier, int count) { wait(block().barriers[barrier], count); }
+inline void wait_for_cluster() { wait(cluster, threads.size()); }
+// What a block has of the shared variable of which this one has `mine`, in an array of both blocks'.
+inline int rank() { return current->rank; }
+template <class T> std::uint64_t in_block(unsigned rank, const T *mine) {
+    return reinterpret_cast<std::uint64_t>(mine + (static_cast<int>(rank) - current->rank));
+}
 
 // What every lane of the warp has given, in `words`; until the next wait of the warp.
 template <class T> void give(const T &value) {
@@ -202,26 +211,30 @@ inline void run_thread() {
     current->done = true;
     progress = true;
     // Who has left counts as arrived.
-    if (--alive > 0 && barriers[0].arrived == alive) barriers[0].arrived = 0, ++barriers[0].generation;
+    Barrier &barrier = block().barriers[0];
+    if (--block().alive > 0 && barrier.arrived == block().alive) barrier.arrived = 0, ++barrier.generation;
     yield();
 }
 
-inline void run_block(std::mt19937 &random) {
-    const int count = block_size.x * block_size.y * block_size.z;
+// Run blocks `indices` at the same time.
+inline void run_blocks(const std::vector<dim3> &indices, std::mt19937 &random) {
+    const int size = block_size.x * block_size.y * block_size.z, count = size * indices.size();
     if (static_cast<int>(threads.size()) != count) {
         threads.clear();
         threads.resize(count);
         for (Thread &thread : threads) thread.stack.resize(128 << 10);
     }
     warps.assign((count + 31) / 32, Warp());
-    for (Barrier &barrier : barriers) barrier = Barrier();
-    alive = count;
+    for (std::size_t i = 0; i < indices.size(); ++i) blocks[i] = {{}, indices[i], size};
+    cluster = Barrier();
     std::vector<int> order(count);
     for (int i = 0; i < count; ++i) {
         Thread &thread = threads[i];
         order[i] = thread.number = i;
-        thread.index = {i % block_size.x, i / block_size.x % block_size.y,
-                        i / block_size.x / block_size.y};
+        thread.rank = i / size;
+        const unsigned in_block = i % size;
+        thread.index = {in_block % block_size.x, in_block / block_size.x % block_size.y,
+                        in_block / block_size.x / block_size.y};
         thread.done = false;
         thread.groups = 0;
         thread.copies.clear();
@@ -231,13 +244,14 @@ inline void run_block(std::mt19937 &random) {
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_thread, 0);
     }
-    while (alive > 0) {
+    for (int alive = count; alive > 0;) {
         std::shuffle(order.begin(), order.end(), random);
         progress = false;
         for (int i : order) {
             if (threads[i].done) continue;
             current = &threads[i];
             swapcontext(&scheduler, &current->context);
+            alive -= threads[i].done;
         }
         if (!progress && alive > 0) {
             std::fprintf(stderr, "%d threads wait for ever\n", alive);
@@ -261,25 +275,32 @@ template <class... A, void (*kernel)(A...)> struct Call<kernel> {
         std::apply(kernel, values);
     }
 };
-template <auto kernel> void run(const unsigned *grid, const unsigned *block, const std::uint64_t *words) {
+template <auto kernel>
+void run(unsigned cluster, const unsigned *grid, const unsigned *block, const std::uint64_t *words) {
     static std::mt19937 random(0);
     entry = Call<kernel>::run;
     arguments = words;
     grid_size = {grid[0], grid[1], grid[2]};
     block_size = {block[0], block[1], block[2]};
+    std::vector<dim3> indices;
     for (unsigned z = 0; z < grid[2]; ++z)
         for (unsigned y = 0; y < grid[1]; ++y)
-            for (unsigned x = 0; x < grid[0]; ++x) block_index = {x, y, z}, run_block(random);
+            for (unsigned x = 0; x < grid[0]; ++x) {
+                indices.push_back({x, y, z});
+                if (indices.size() < cluster && x + 1 < grid[0]) continue;
+                run_blocks(indices, random);
+                indices.clear();
+            }
 }
 
 }  // namespace device
 
 #define threadIdx (device::current->index)
-#define blockIdx (device::block_index)
+#define blockIdx (device::block().index)
 #define blockDim (device::block_size)
 #define gridDim (device::grid_size)
 
-inline void __syncthreads() { device::wait(device::barriers[0], device::alive); }
+inline void __syncthreads() { device::wait_for_some(0, device::block().alive); }
 inline void __syncwarp(unsigned = 0xffffffffu) { device::wait_for_warp(); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     device::give(value);

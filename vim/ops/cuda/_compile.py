@@ -107,6 +107,12 @@ def multiprocessors(device_index: int) -> int:
 
 
 @functools.cache
+def has_clusters(device_index: int) -> bool:
+    """Return whether blocks of the device can share their memory in clusters: sm_90 and newer."""
+    return torch.cuda.get_device_properties(device_index).major >= 9
+
+
+@functools.cache
 def shared_memory(device_index: int) -> int:
     """Return how many bytes of shared memory a block of the device may have, if it asks."""
     return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin

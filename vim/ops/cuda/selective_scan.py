@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._compile import DTYPES, get_kernel, multiprocessors, unavailable
+from ._compile import DTYPES, get_kernel, has_clusters, multiprocessors, unavailable
 from ._launch import bmm, differs_each_time, launch
 from ._sums import sum_kernel, sum_partials
 
@@ -44,18 +44,25 @@ class Variant(NamedTuple):
     together: int
     """U, tokens whose recurrences and sums are worked out together."""
     min_blocks: int
-    """Blocks of both directions that a multiprocessor must hold, which bounds the registers."""
+    """Blocks that a multiprocessor must hold, which bounds the registers."""
+    apart: bool = False
+    """APART, whether each direction has a block of its own, and the two are a cluster."""
 
 
 def _rounded_states(states: int) -> int:
     return 1 << (states - 1).bit_length()
 
 
-def _tile(states: int, lanes: int, block_channels: int, dtype: torch.dtype) -> int:
+def _tile(
+    states: int, lanes: int, block_channels: int, dtype: torch.dtype, apart: bool, rank: int
+) -> int:
     """Return how many tokens to stage: what fits the 48 KB that a block has without asking."""
     matrices = 2 * states + (4 * lanes if lanes > 1 and states // lanes >= 8 else 0)
     floats = matrices + (3 if lanes > 1 else 1) * block_channels + 8
-    token = 2 * (4 * floats + 6 * block_channels * dtype.itemsize)  # of both directions
+    values = 6 * block_channels
+    if lanes > 1 and rank:  # instead of dt
+        values += 2 * (rank // 8 | 1) * 8 - 2 * block_channels
+    token = (1 if apart else 2) * (4 * floats + values * dtype.itemsize)
     # Whole channels need no sums and little staging: small tiles leave room for more blocks.
     most = 64 if lanes > 1 else 16 if states == 16 and dtype.itemsize == 2 else 8
     return min(most, 1 << ((48 * 1024 - 2048) // token).bit_length() - 1)
@@ -68,6 +75,8 @@ def _variant(
     tile: int | None = None,
     chunked: bool = False,
     keeps: bool = False,
+    apart: bool = False,
+    rank: int = 0,
 ) -> Variant:
     """Return the fastest way, of those measured, to give a channel `lanes` lanes.
 
@@ -75,10 +84,15 @@ def _variant(
         tile: where the backward, whose first pass this is then, has chosen it.
         chunked: whether sequences, which are few and long then, are cut.
         keeps: whether states are left for the backward; they are in its first pass.
+        apart: whether each direction has a block of its own, of twice the channels where that
+            leaves as many threads.
+        rank: of the product that is made of dt, if any.
     """
     held = states // lanes
     block_channels = 32 if lanes <= 2 or (lanes == 4 and held == 16) else 16 if lanes == 4 else 8
     leaves_states = (tile is not None or keeps) and held == 16 and dtype.itemsize == 2
+    if apart and lanes in (4, 8):
+        block_channels *= 2
     # Bound by bytes: longer rows.
     if lanes == 1 and (held < 8 or (leaves_states and not chunked)):
         block_channels = 128 if keeps and leaves_states else 64
@@ -91,9 +105,9 @@ def _variant(
         min_blocks = 2 if lanes == 4 and dtype.itemsize == 2 and tile is None else 1
     eight = lanes > 1 or (held == 16 and dtype.itemsize == 2 and tile is None)
     together = 16 if keeps and lanes > 1 and held < 8 else 8 if eight else 4
-    tile = tile or _tile(states, lanes, block_channels, dtype)
+    tile = tile or _tile(states, lanes, block_channels, dtype, apart, rank)
     together = min(together, tile)
-    return Variant(held, lanes, 1, block_channels, tile, together, min_blocks)
+    return Variant(held, lanes, 1, block_channels, tile, together, min_blocks, apart)
 
 
 def _forward_kernel(
@@ -106,7 +120,7 @@ def _forward_kernel(
     steps: int = 0,
 ) -> str:
     numbers = ", ".join(map(str, (*variant[:6], directions, mode, steps)))
-    flags = ", ".join("true" if flag else "false" for flag in (softplus, vector))
+    flags = ", ".join("true" if flag else "false" for flag in (softplus, vector, variant.apart))
     # Addresses and bounds of single elements take registers.
     min_blocks = variant.min_blocks if vector else max(1, variant.min_blocks * 3 // 4)
     return f"selective_scan_fwd_kernel<{DTYPES[dtype]}, {numbers}, {flags}, {min_blocks}>"
@@ -152,6 +166,7 @@ class _Scan:
         self.B, self.C = (activation(x if x.dim() == 5 else x.unsqueeze(3)) for x in (B, C))
         self.A, self.D, self.dt_bias = map(parameter, (A, D, dt_bias))
         self.directions, self.batch, self.length, self.channels = u.shape
+        self.rank = 0 if dt_proj is None else dt_proj.shape[2]
         self.groups, self.states = self.B.shape[3:]
         self.softplus, self.reverse, self.scale = dt_softplus, reverse, scale
         self.device = u.device
@@ -186,14 +201,17 @@ class _Scan:
         rows = self.vector_rows and (y is None or _aligned((y,), 16 // self.dtype.itemsize))
         vector = rows and self.vector_bc and self.vector_states(start)
         vector = vector and variant.states * variant.lanes == self.states
-        steps = 0 if self.dt_proj is None else self.dt_proj.shape[2] // 8
         name = _forward_kernel(
-            variant, self.directions, mode, self.softplus, vector, self.dtype, steps
+            *(variant, self.directions, mode, self.softplus, vector, self.dtype, self.rank // 8)
         )
         chunks = -(-self.length // chunk)
         group_blocks = -(-(self.channels // self.groups) // variant.block_channels)
         blocks = group_blocks * self.groups * chunks * self.batch
-        threads = variant.block_channels // variant.channels * variant.lanes * self.directions
+        threads = variant.block_channels // variant.channels * variant.lanes
+        if variant.apart:
+            blocks *= self.directions
+        else:
+            threads *= self.directions
         launch(
             get_kernel("selective_scan", name, self.device.index),
             (blocks, 1, 1),
@@ -301,7 +319,9 @@ def _plan(scan: _Scan, tile: int | None = None, keeps: bool = False) -> tuple[Va
     share = sequences * fewest / processors
     if tile is None and 0 < share <= 30 and scan.length >= 2048:
         # So few sequences that scanning twice, in chunks, beats more lanes. One wave of blocks.
-        variant = _variant(states, fewest, scan.dtype, chunked=True, keeps=keeps)
+        variant = _variant(
+            states, fewest, scan.dtype, chunked=True, keeps=keeps, rank=scan.rank
+        )
         group_blocks = -(-(scan.channels // scan.groups) // variant.block_channels)
         resident = variant.min_blocks * processors * 2 // scan.directions
         chunks = max(1, resident // (group_blocks * scan.groups * scan.batch))
@@ -312,7 +332,16 @@ def _plan(scan: _Scan, tile: int | None = None, keeps: bool = False) -> tuple[Va
     else:
         split = 4 if share <= 96 else 2 if share <= 192 else 1
     lanes = min(fewest * split, most)
-    return _variant(states, lanes, scan.dtype, tile, keeps=keeps), scan.length
+    apart = scan.directions == 2 and _apart(states, lanes, scan)
+    variant = _variant(
+        states, lanes, scan.dtype, tile, keeps=keeps, apart=apart, rank=scan.rank
+    )
+    return variant, scan.length
+
+
+def _apart(states: int, lanes: int, scan: _Scan) -> bool:
+    """Whether a block of its own for each direction is faster; it takes a GPU with clusters."""
+    return lanes >= 4 and states // lanes < 16 and has_clusters(scan.device.index)
 
 
 def _chunk_starts(scan: _Scan, variant, chunk, initial_state, want_final):
@@ -597,7 +626,7 @@ def _multiplies(most_rank: int, states: int, dt_proj: Tensor, *rows: Tensor | No
     return (
         dtype.itemsize == 2
         and all(x is None or x.dtype == dtype for x in rows)
-        and _aligned(rows[1:2], 2)
+        and _aligned(rows[1:2], 8)
         and rank % 8 == 0
         and 0 < rank <= most_rank
         and states <= 64
