@@ -59,10 +59,10 @@ struct TeamShared {
     static constexpr bool GIVEN = STEPS == 0, PRODUCT = STEPS > 0 && S == 1;
     static constexpr bool FACTORS = STEPS > 0 && S > 1;
     alignas(16) scalar_t dt[GIVEN ? 2 : 1][GIVEN ? T : 1][CH];
-    alignas(16) scalar_t low_rank[FACTORS ? 2 : 1][FACTORS ? T : 1][8 * (STEPS | 1)];
-    static constexpr int DT_PITCH = PRODUCT ? CH + 4 : CH, WEIGHT_PITCH = 4 * (STEPS | 1);
+    alignas(16) scalar_t low_rank[FACTORS ? T : 1][8 * (STEPS | 1)];
+    static constexpr int DT_PITCH = PRODUCT ? CH + 8 : CH, WEIGHT_PITCH = 4 * (STEPS | 1);
     alignas(16) float product[PRODUCT ? T : 1][PRODUCT ? DT_PITCH : 4];
-    unsigned dt_proj[PRODUCT ? CH : 1][WEIGHT_PITCH];
+    alignas(16) unsigned dt_proj[PRODUCT ? CH : 1][WEIGHT_PITCH];
     __device__ __forceinline__ auto dt_at(int stage, int r, int c) const {
         if constexpr (PRODUCT) {
             return &product[r][c];
@@ -83,60 +83,94 @@ struct TeamShared {
     alignas(16) float2 drive[S > 1 ? CH * DRIVE_PITCH : 1];  // (delta, delta * u) for S > 1
 };
 
-// A thread's part in multiplying T tokens' low-rank rows by dt_proj where S = 1. `load` reads them as
-// the tensor cores take them, 8 tokens at a time for every warp of the team; `multiply` leaves dt in
-// shared memory.
-template <typename scalar_t, int CH, int T, int TEAM, int STEPS>
-struct LowRankItem {
-    static constexpr int WARPS = TEAM / 32, COUNT = (T / 8 + WARPS - 1) / WARPS;
-    static_assert(T % 8 == 0 && TEAM % 32 == 0, "whole warps multiply 8 tokens");
-    int warp, g, t;
-    unsigned raw[COUNT][STEPS];
+// A warp's part in multiplying T tokens' low-rank rows by dt_proj where S = 1: for its 32 channels.
+// `load` reads the rows as the tensor cores take them, `multiply` leaves dt in shared memory.
+template <typename scalar_t, int T, int STEPS>
+struct LowRankProducts {
+    static_assert(T % 8 == 0, "eight rows at a time");
+    int g, t;
+    unsigned raw[(T + 15) / 16][2 * STEPS];
 
-    __device__ __forceinline__ explicit LowRankItem(int thread)
-        : warp(thread / 32), g(thread % 32 / 4), t(thread % 4) {}
-    __device__ __forceinline__ int row() const { return warp * 8 + g; }
+    __device__ __forceinline__ LowRankProducts() : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
+    // Where `load` starts.
+    __device__ __forceinline__ int row() const { return g; }
+    __device__ __forceinline__ int column() const { return 2 * t; }
 
     // `from` is where this thread's first row is; rows outside [low, high) are zero.
     __device__ __forceinline__ void load(const scalar_t *from, int stride, int low, int high) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            const int r = row() + i * WARPS * 8;
-            const bool valid = r >= low && r < high;
-            const scalar_t *at = from + static_cast<long long>(i * WARPS * 8) * stride;
+        for (int i = 0; i < 2 * ((T + 15) / 16); ++i) {
+            const int r = 8 * i + g;
+            const bool valid = 8 * i < T && r >= low && r < high;
+            const scalar_t *at = from + static_cast<long long>(8 * i) * stride;
 #pragma unroll
             for (int k = 0; k < STEPS; ++k)
-                raw[i][k] = valid ? *reinterpret_cast<const unsigned *>(at + 8 * k) : 0;
+                raw[i / 2][2 * k + i % 2] =
+                    valid ? *reinterpret_cast<const unsigned *>(at + 8 * k) : 0;
         }
     }
 
-    template <typename Shared> __device__ __forceinline__ void multiply(Shared &my) const {
+    template <typename Shared> __device__ __forceinline__ void multiply(Shared &my, int c) const {
+        unsigned weights[STEPS][4];  // of the warp's channels c and on, eight by eight
 #pragma unroll
-        for (int c = 0; c < CH; c += 16) {
-            unsigned weight[STEPS][2];
+        for (int k = 0; k < STEPS; ++k)
+            load_matrices<false>(weights[k], my.dt_proj[c + threadIdx.x % 32] + 4 * k);
 #pragma unroll
-            for (int k = 0; k < STEPS; ++k) {
-                weight[k][0] = my.dt_proj[c + g][4 * k + t];
-                weight[k][1] = c + 8 < CH ? my.dt_proj[(c + g + 8) % CH][4 * k + t] : 0;
-            }
+        for (int m = 0; m < T; m += 16) {
+            const unsigned(&a)[2 * STEPS] = raw[m / 16];
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
-                const int first = (warp + i * WARPS) * 8;
-                if (T / 8 % WARPS && first >= T) break;
+            for (int j = 0; j < 4; ++j) {
                 float d[4] = {};
 #pragma unroll
-                for (int k = 0; k < STEPS; ++k) multiply_add(scalar_t(), d, weight[k], raw[i][k]);
-                float(*to)[Shared::DT_PITCH] = my.product + first + 2 * t;
-                to[0][c + g] = d[0], to[1][c + g] = d[1];
-                if (c + 8 < CH) to[0][c + g + 8] = d[2], to[1][c + g + 8] = d[3];
+                for (int k = 0; k + 1 < STEPS; k += 2)
+                    multiply_add(scalar_t(), d, {a[2 * k], a[2 * k + 1], a[2 * k + 2], a[2 * k + 3]},
+                                 weights[k][j], weights[k + 1][j]);
+                if constexpr (STEPS % 2)
+                    multiply_add(scalar_t(), d, {a[2 * STEPS - 2], a[2 * STEPS - 1]},
+                                 weights[STEPS - 1][j]);
+#pragma unroll
+                for (int i = 0; i < 2 && m + 8 * i < T; ++i)
+                    *reinterpret_cast<float2 *>(&my.product[m + 8 * i + g][c + 8 * j + 2 * t]) =
+                        make_float2(d[2 * i], d[2 * i + 1]);
             }
         }
     }
 };
-template <typename scalar_t, int CH, int T, int TEAM>
-struct LowRankItem<scalar_t, CH, T, TEAM, 0> {
-    __device__ __forceinline__ explicit LowRankItem(int) {}
+template <typename scalar_t, int T>
+struct LowRankProducts<scalar_t, T, 0> {
     __device__ __forceinline__ int row() const { return 0; }
+    __device__ __forceinline__ int column() const { return 0; }
+};
+
+// A thread's part in bringing those rows to shared memory where S > 1: `load` starts reading them,
+// 16 bytes at a time, `store` leaves them there.
+template <int T, int TEAM, int STEPS>
+struct LowRankRows {
+    static constexpr int ALL = T * STEPS, COUNT = (ALL + TEAM - 1) / TEAM;
+    uint4 raw[COUNT];
+
+    // `from` is where row 0 is; rows outside [low, high) are zero.
+    template <typename scalar_t>
+    __device__ __forceinline__ void load(int thread, const scalar_t *from, int stride, int low,
+                                         int high) {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) {
+            const int i = k * TEAM + thread, r = i / STEPS;
+            raw[k] = uint4{};
+            if (r >= low && r < high)
+                raw[k] = *reinterpret_cast<const uint4 *>(
+                    from + static_cast<long long>(r) * stride + i % STEPS * 8);
+        }
+    }
+    template <typename scalar_t, int PITCH>
+    __device__ __forceinline__ void store(int thread, scalar_t (&to)[T][PITCH]) const {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) {
+            const int i = k * TEAM + thread;
+            if (ALL % TEAM == 0 || i < ALL)
+                *reinterpret_cast<uint4 *>(&to[i / STEPS][i % STEPS * 8]) = raw[k];
+        }
+    }
 };
 
 // Where S > 1 a warp works out the step sizes of its CHANNELS channels, two a lane: those of channels
@@ -170,6 +204,12 @@ struct StepProducts {
                 weights[j][k] =
                     channel < channels ? from[channel * (4 * STEPS) + 4 * k + item.t] : 0;
         }
+    }
+    // An instruction that needs them and changes nothing: blocks have one row of threads, which the
+    // compiler does not know.
+    __device__ __forceinline__ void wait() {
+#pragma unroll
+        for (int j = 0; j < Item::GROUPS * STEPS; ++j) weights[j / STEPS][j % STEPS] |= threadIdx.y;
     }
 
     // The results of COUNT items, counted along a row's groups first, from row `first` of the tile on.
@@ -330,7 +370,16 @@ __device__ __forceinline__ void wait_for_team(int team) {
     }
 }
 
-// Where a direction has a block of its own, the two of the same channels are a cluster.
+// Where a direction has a block of its own, the two of the same channels are a cluster: for sm_90 and
+// newer.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define CLUSTER_OF(blocks)
+__device__ __forceinline__ void wait_for_cluster() { __trap(); }
+template <typename T> __device__ __forceinline__ const T *in_block(unsigned, const T *mine) {
+    return mine;
+}
+#else
+#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
 __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
                      : "memory");
@@ -341,10 +390,6 @@ template <typename T> __device__ __forceinline__ const T *in_block(unsigned rank
     asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
     return reinterpret_cast<const T *>(theirs);
 }
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
-#else
-#define CLUSTER_OF(blocks)
 #endif
 
 // Blocks that a multiprocessor need not hold. sm_80's code needs a few registers more to leave states.
@@ -424,7 +469,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
     };
 
     // This thread's part in moving tiles, and its address in each tensor for the tile to come.
-    using Item = TileItem<T, CH, TEAM, scalar_t, (S > 1)>;
+    using Item = TileItem<T, CH, TEAM, scalar_t, (S > 1 && NS < 16)>;  // else it would spill
     const Item item(thread, channels);
     using Matrices = MatrixItem<T, NS, S, TEAM, scalar_t>;
     Matrices matrices(thread, states);
@@ -438,13 +483,13 @@ selective_scan_fwd_kernel(const ScanParams p) {
     const int dy_stride = sign * static_cast<int>(p.dy_token);
     const int y_stride = sign * static_cast<int>(p.y_token);
     const scalar_t *u = start_of(p.u, team * p.u_dir + batch * p.u_batch, p.u_token);
-    LowRankItem<scalar_t, CH, T, TEAM, S == 1 ? STEPS : 0> low_rank(thread);
+    LowRankProducts<scalar_t, T, S == 1 ? STEPS : 0> low_rank;
+    LowRankRows<T, TEAM, Shared::FACTORS ? STEPS : 1> low_rank_rows;
     const long long dt_offset = team * p.dt_dir + batch * p.dt_batch;
     const scalar_t *dt = start_of(p.dt, dt_offset, p.dt_token);
     if constexpr (STEPS > 0)
         dt = static_cast<const scalar_t *>(p.dt) + dt_offset +
-             (first_token + walk.first(low_rank.row())) * p.dt_token +
-             (S == 1 ? thread % 4 * 2 : 0);
+             (first_token + walk.first(low_rank.row())) * p.dt_token + low_rank.column();
     const scalar_t *z = start_of(p.z, batch * p.z_batch, p.z_token);
     const scalar_t *dy = start_of(p.dy, batch * p.dy_batch, p.dy_token);
     scalar_t *y = const_cast<scalar_t *>(start_of(p.y, batch * p.y_batch, p.y_token));
@@ -472,20 +517,13 @@ selective_scan_fwd_kernel(const ScanParams p) {
         } else if constexpr (Shared::PRODUCT) {
             low_rank.load(dt, dt_stride, low, high);
         } else {
-#pragma unroll
-            for (int k = 0; k < T * STEPS; k += TEAM) {
-                const int i = k + thread, r = i / STEPS, n = i % STEPS * 8;
-                if (T * STEPS % TEAM && i >= T * STEPS) break;
-                copy_async<16>(&my.low_rank[stage][r][n],
-                               dt + static_cast<long long>(r) * dt_stride + n, r >= low && r < high);
-            }
+            low_rank_rows.load(thread, dt, dt_stride, low, high);
         }
         matrices.load(BC, BC_step, low, high, vector_bc);
         u += static_cast<long long>(T) * u_stride;
         dt += static_cast<long long>(T) * dt_stride;
         BC += static_cast<long long>(T) * BC_step;
     };
-
     // Per channel constants and the state at the start.
     Lane<NS, CPT> lane;
     float delta_sum[CPT];
@@ -528,6 +566,9 @@ selective_scan_fwd_kernel(const ScanParams p) {
         }
     }
 
+    prefetch(0);
+    commit_copies();
+
     // For S > 1: the bias of the channels whose step sizes this thread works out, and D of the
     // channels that it writes out.
     constexpr int WARP_CHANNELS = S > 1 ? Shared::WARP_CHANNELS : 8;
@@ -550,7 +591,8 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
         for (int j = 0; j < Item::VEC; ++j)
             if (HAS_Y && j < item.columns && p.D != nullptr) skip[j] = p.D[d + item.column + j];
-        // Wait for them here: who waits in the loop waits for other loads in flight as well.
+        // Wait for them here, as for the weights.
+        if constexpr (Shared::FACTORS) products.wait();
 #pragma unroll
         for (int j = 0; j < 2 * Steps::GROUPS; ++j) step_bias[j / 2][j % 2] += 0.f;
 #pragma unroll
@@ -590,8 +632,6 @@ selective_scan_fwd_kernel(const ScanParams p) {
         states_to += states_step;
     };
 
-    prefetch(0);
-    commit_copies();
     if constexpr (Shared::PRODUCT) {
         const unsigned *weights = static_cast<const unsigned *>(p.dt_proj) +
                                   (team * p.channels + d0) * (4 * STEPS);
@@ -600,7 +640,11 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 i < channels * 4 * STEPS ? weights[i] : 0;
         wait_for_team<TEAM, TEAMS>(team);
     }
-    matrices.store(my.BC);
+    auto store_loaded = [&] {
+        matrices.store(my.BC);
+        if constexpr (Shared::FACTORS) low_rank_rows.store(thread, my.low_rank);
+    };
+    store_loaded();
 
 #pragma unroll 1
     for (int step = 0; step < tiles; ++step) {
@@ -610,7 +654,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
 
         // Stage 1: this tile has arrived and the last one is written out; ask for the next. Before
         // the first tile to which a team comes second, the other must have written its share.
-        if constexpr (Shared::PRODUCT) low_rank.multiply(my);
+        if constexpr (Shared::PRODUCT) low_rank.multiply(my, thread / 32 * 32);
         wait_copies<0>();
         if (DIRS == 2 && HAS_Y && visit == SECOND && visit_of(step - 1) != SECOND) {
             wait_for_both();
@@ -679,7 +723,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
                 if (ROWS > T && row >= T) break;
                 float u_[BATCH][2], delta[BATCH][2];  // many at a time: the chains are long
                 if constexpr (Shared::FACTORS)
-                    products.multiply(steps, my.low_rank[stage], k / GROUPS * ROWS, delta);
+                    products.multiply(steps, my.low_rank, k / GROUPS * ROWS, delta);
 #pragma unroll
                 for (int i = 0; i < BATCH; ++i) {
                     const int j = (k + i) % GROUPS, down = (k + i) / GROUPS * ROWS * CH;
@@ -803,7 +847,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
         } else {
             wait_for_team<TEAM, TEAMS>(team);
         }
-        if (step + 1 < tiles) matrices.store(my.BC);
+        if (step + 1 < tiles) store_loaded();
         if constexpr (HAS_Y) {
             constexpr int VEC = Item::VEC;
 #pragma unroll

@@ -19,6 +19,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define alignas(bytes) __attribute__((aligned(bytes)))  // which may stand after __shared__
 #define __builtin_assume(condition) static_cast<void>(0)

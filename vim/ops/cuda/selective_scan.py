@@ -61,7 +61,7 @@ def _tile(
     floats = matrices + (3 if lanes > 1 else 1) * block_channels + 8
     values = 6 * block_channels
     if lanes > 1 and rank:  # instead of dt
-        values += 2 * (rank // 8 | 1) * 8 - 2 * block_channels
+        values += (rank // 8 | 1) * 8 - 2 * block_channels
     token = (1 if apart else 2) * (4 * floats + values * dtype.itemsize)
     # Whole channels need no sums and little staging: small tiles leave room for more blocks.
     most = 64 if lanes > 1 else 16 if states == 16 and dtype.itemsize == 2 else 8
@@ -100,7 +100,7 @@ def _variant(
     if lanes == 1:
         min_blocks = (8 if dtype.itemsize == 2 or held < 16 else 6) * 32 // block_channels
     elif held < 16 or lanes == 2:
-        min_blocks = 2 if lanes == 16 else 3
+        min_blocks = 1 if lanes == 16 else 3
     else:
         min_blocks = 2 if lanes == 4 and dtype.itemsize == 2 and tile is None else 1
     eight = lanes > 1 or (held == 16 and dtype.itemsize == 2 and tile is None)
@@ -332,16 +332,22 @@ def _plan(scan: _Scan, tile: int | None = None, keeps: bool = False) -> tuple[Va
     else:
         split = 4 if share <= 96 else 2 if share <= 192 else 1
     lanes = min(fewest * split, most)
-    apart = scan.directions == 2 and _apart(states, lanes, scan)
+    apart = _apart(scan, states, lanes)
     variant = _variant(
         states, lanes, scan.dtype, tile, keeps=keeps, apart=apart, rank=scan.rank
     )
     return variant, scan.length
 
 
-def _apart(states: int, lanes: int, scan: _Scan) -> bool:
-    """Whether a block of its own for each direction is faster; it takes a GPU with clusters."""
-    return lanes >= 4 and states // lanes < 16 and has_clusters(scan.device.index)
+def _apart(scan: _Scan, states: int, lanes: int) -> bool:
+    """Whether each direction gets a block of its own, in clusters, which pays for itself in time."""
+    starved = lanes >= 4 and states // lanes < 16
+    return (
+        starved
+        and scan.directions == 2
+        and scan.length >= 512
+        and has_clusters(scan.device.index)
+    )
 
 
 def _chunk_starts(scan: _Scan, variant, chunk, initial_state, want_final):
@@ -685,13 +691,13 @@ def instantiations() -> list[tuple[str, str]]:
     """Return (source, kernel name) of the specialised kernels, for CI to compile."""
     kernels = [("selective_scan", "selective_scan_carry_kernel")]
 
-    def add(states, lanes, dtype, directions, mode, steps=0, chunked=False):
+    def add(states, lanes, dtype, directions, mode, rank=0, chunked=False, apart=False):
         passes_states = mode in (STATES_ONLY, STATES_AND_DZ)
         tile = _backward_variant(states, dtype).tile if passes_states else None
         keeps = mode == OUTPUT_AND_STATES
-        variant = _variant(states, lanes, dtype, tile, chunked, keeps)
+        variant = _variant(states, lanes, dtype, tile, chunked, keeps, apart, rank)
         for vector in (True, False):
-            name = _forward_kernel(variant, directions, mode, True, vector, dtype, steps)
+            name = _forward_kernel(variant, directions, mode, True, vector, dtype, rank // 8)
             kernels.append(("selective_scan", name))
 
     kernels += [("selective_scan_bwd", _sum_dBC_kernel(dtype)) for dtype in DTYPES]
@@ -713,9 +719,16 @@ def instantiations() -> list[tuple[str, str]]:
         add(16, 1, dtype, 2, STATES_ONLY, chunked=True)
         add(16, 1, dtype, 2, STATES_AND_DZ, chunked=True)
     for lanes in (1, 2, 4, 8, 16):
-        add(16, lanes, torch.bfloat16, 2, OUTPUT_OVER_U, steps=2)
-        add(16, lanes, torch.bfloat16, 2, OUTPUT_AND_STATES, steps=2)
+        add(16, lanes, torch.bfloat16, 2, OUTPUT_OVER_U, rank=16)
+        add(16, lanes, torch.bfloat16, 2, OUTPUT_AND_STATES, rank=16)
         add(16, lanes, torch.bfloat16, 2, OUTPUT_AND_STATES)
+    for lanes in (4, 8, 16):
+        add(16, lanes, torch.float32, 2, OUTPUT, apart=True)
+        for mode in (OUTPUT, STATES_AND_DZ, OUTPUT_AND_STATES):
+            add(16, lanes, torch.bfloat16, 2, mode, apart=True)
+        for rank in (16, 24):
+            add(16, lanes, torch.bfloat16, 2, OUTPUT_OVER_U, rank=rank, apart=True)
+            add(16, lanes, torch.bfloat16, 2, OUTPUT_AND_STATES, rank=rank, apart=True)
     for states in (1, 8, 16, 32):
         variant = _backward_variant(states, torch.bfloat16, dz=True)
         name = _backward_kernel(variant, True, True, torch.bfloat16, dz=True)
@@ -724,6 +737,6 @@ def instantiations() -> list[tuple[str, str]]:
     add(16, 1, torch.float32, 2, OUTPUT_OVER_U)
     add(16, 1, torch.bfloat16, 2, OUTPUT_AND_STATES, chunked=True)
     # The most for shared memory to hold.
-    add(16, 8, torch.bfloat16, 2, OUTPUT, steps=4)
-    add(16, 1, torch.bfloat16, 2, OUTPUT_AND_STATES, steps=3)
+    add(16, 8, torch.bfloat16, 2, OUTPUT, rank=24)
+    add(16, 1, torch.bfloat16, 2, OUTPUT_AND_STATES, rank=24)
     return list(dict.fromkeys(kernels))
