@@ -7,7 +7,9 @@
 // states of a channel where B * D alone gives the chip too few threads; their shares of y are summed
 // for S tokens together.
 //
-// A block has a team of threads for each direction, for the same CH channels and the same tokens.
+// Each direction has a team of threads, for the same CH channels and the same tokens: both in a block,
+// or, where long rows of tiles are worth more, each in a block of its own, which the other reaches as
+// a cluster.
 // The reverse team walks the tiles from the last to the first. Whichever team is first at a tile
 // writes its share of y; the one that comes second adds its own, gates, and writes the result, so
 // that both directions need one launch and no pass to merge them. Accumulation is in float32. y can
@@ -15,7 +17,8 @@
 // own u before it writes there.
 //
 // With STEPS > 0 the step sizes before bias and softplus are the product of 8 * STEPS numbers a token
-// and dt_proj, which the tensor cores work out tile by tile: dt never lies in memory.
+// and dt_proj, which the tensor cores work out tile by tile: dt never lies in memory, and where S > 1
+// in registers only.
 
 #include "selective_scan.cuh"
 
@@ -54,8 +57,8 @@ template <typename scalar_t, int NS, int S, int CPT, int CH, int T, int U, int D
 struct TeamShared {
     // Tiles of activations; see TileItem for the order of a row's channels.
     alignas(16) scalar_t u[2][T][CH];
-    // The step sizes before bias and softplus; as a product, the factors where S > 1 and else the
-    // result, with a pitch such that a warp meets every bank once.
+    // Step sizes before bias and softplus are GIVEN; a PRODUCT, which a warp leaves for its lanes where
+    // S = 1; or made by who needs them, of FACTORS. Pitches such that a warp meets every bank once.
     static constexpr bool GIVEN = STEPS == 0, PRODUCT = STEPS > 0 && S == 1;
     static constexpr bool FACTORS = STEPS > 0 && S > 1;
     alignas(16) scalar_t dt[GIVEN ? 2 : 1][GIVEN ? T : 1][CH];
@@ -205,8 +208,8 @@ struct StepProducts {
                     channel < channels ? from[channel * (4 * STEPS) + 4 * k + item.t] : 0;
         }
     }
-    // An instruction that needs them and changes nothing: blocks have one row of threads, which the
-    // compiler does not know.
+    // Wait for them, by an instruction that needs them and changes nothing: blocks have one row of
+    // threads, which the compiler does not know.
     __device__ __forceinline__ void wait() {
 #pragma unroll
         for (int j = 0; j < Item::GROUPS * STEPS; ++j) weights[j / STEPS][j % STEPS] |= threadIdx.y;
@@ -469,7 +472,8 @@ selective_scan_fwd_kernel(const ScanParams p) {
     };
 
     // This thread's part in moving tiles, and its address in each tensor for the tile to come.
-    using Item = TileItem<T, CH, TEAM, scalar_t, (S > 1 && NS < 16)>;  // else it would spill
+    constexpr bool SPREAD = S > 1 && NS < 16;  // more states leave no registers for it
+    using Item = TileItem<T, CH, TEAM, scalar_t, SPREAD>;
     const Item item(thread, channels);
     using Matrices = MatrixItem<T, NS, S, TEAM, scalar_t>;
     Matrices matrices(thread, states);
@@ -524,6 +528,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
         dt += static_cast<long long>(T) * dt_stride;
         BC += static_cast<long long>(T) * BC_step;
     };
+
     // Per channel constants and the state at the start.
     Lane<NS, CPT> lane;
     float delta_sum[CPT];
@@ -591,7 +596,7 @@ selective_scan_fwd_kernel(const ScanParams p) {
 #pragma unroll
         for (int j = 0; j < Item::VEC; ++j)
             if (HAS_Y && j < item.columns && p.D != nullptr) skip[j] = p.D[d + item.column + j];
-        // Wait for them here, as for the weights.
+        // Wait for all of them here: who waits in the loop waits for other loads in flight as well.
         if constexpr (Shared::FACTORS) products.wait();
 #pragma unroll
         for (int j = 0; j < 2 * Steps::GROUPS; ++j) step_bias[j / 2][j % 2] += 0.f;

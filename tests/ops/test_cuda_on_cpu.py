@@ -82,6 +82,23 @@ def test_scan_by_a_block_for_each_direction(lanes, dtype):
     scans.check_both_directions(Shape(1, 40, 72, N=16), ("z",), dtype, (16, lanes, True))
 
 
+def test_scan_in_clusters_where_sequences_are_few_and_long_and_the_gpu_has_them(monkeypatch):
+    def is_apart(arguments):
+        scan = scans.cuda_scan._Scan(*arguments, True, False, 0.5)
+        return scans.cuda_scan._plan(scan)[0].apart
+
+    short, long = (
+        scans.on_device(*scans.both_directions(Shape(1, length, 72, N=16), torch.bfloat16))[0]
+        for length in (200, 520)
+    )
+    assert not is_apart(short)
+    assert is_apart(long)
+    y = scans.cuda_scan.forward_bidirectional(*long)
+    monkeypatch.setattr(scans.cuda_scan, "has_clusters", lambda device: False)
+    assert not is_apart(long)
+    assert torch.equal(y, scans.cuda_scan.forward_bidirectional(*long))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("lanes", "apart"), [(1, False), (8, False), (4, True)])
 @pytest.mark.parametrize("length", [9, 40])

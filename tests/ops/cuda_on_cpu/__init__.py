@@ -95,12 +95,12 @@ class Kernel:
         key = hashlib.sha256(name.encode()).hexdigest()[:16]
         program, library = folder / f"{key}.cpp", folder / f"{key}.so"
         if not library.exists():
-            cluster = 2 if "device::wait_for_cluster" in (folder / f"{source}.cu").read_text() else 1
+            in_clusters = "device::wait_for_cluster" in (folder / f"{source}.cu").read_text()
             program.write_text(
                 f'#include "device.h"\n#include "{source}.cu"\n'
                 'extern "C" void run(const unsigned *grid, const unsigned *block,\n'
                 "                    const std::uint64_t *words) {\n"
-                f"    device::run<{name}>({cluster}, grid, block, words);\n}}\n"
+                f"    device::run<{name}>({1 + in_clusters}, grid, block, words);\n}}\n"
             )
             flags = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-w"]
             flags += ["-shared", "-fPIC", f"-I{folder}", f"-I{HERE}"]
