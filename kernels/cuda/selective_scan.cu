@@ -944,9 +944,9 @@ selective_scan_fwd_kernel(const ScanParams p) {
 }
 
 // From the end states of chunks that started from zero to the state each chunk starts from: one
-// thread a (direction, batch item, channel, state) walks along the chunks. `start` is read for the
-// state before the first chunk, if there is one; `final_state` is the state after the last. The
-// adjoint is the same from the last chunk to the first.
+// thread a (direction, batch item, channel, state) walks along the chunks. `initial` is the state before
+// the first chunk, if there is one, `final_state` that after the last. The adjoint is the same from the
+// last chunk to the first.
 __global__ void selective_scan_carry_kernel(const float *A, const float *initial, const float *end,
                                             const float *delta_sum, float *start,
                                             float *final_state, long long rows, long long batch,
@@ -958,12 +958,26 @@ __global__ void selective_scan_carry_kernel(const float *A, const float *initial
     const long long row = i / per_item, d = i / states % channels, dn = i % per_item;
     const float A2 = LOG2_E * A[row / batch * per_item + dn];
     float h = initial == nullptr ? 0.f : initial[i];
-    for (long long k = 0; k < chunks; ++k) {
-        const bool backwards = (row >= first_reverse_row) != (adjoint != 0);
-        const long long chunk = backwards ? chunks - 1 - k : k;
-        const long long at = (row * chunks + chunk) * per_item + dn;
-        start[at] = h;
-        h = fmaf(decay_of(delta_sum[(row * chunks + chunk) * channels + d], A2), h, end[at]);
+    const bool backwards = (row >= first_reverse_row) != (adjoint != 0);
+    const long long first = row * chunks + (backwards ? chunks - 1 : 0);
+    const long long sign = backwards ? -1 : 1, step = sign * per_item;
+    delta_sum += first * channels + d, end += first * per_item + dn, start += first * per_item + dn;
+    constexpr int AHEAD = 8;  // chunks that are read together: one by one, each would be waited for
+    for (int left = static_cast<int>(chunks); left > 0; left -= AHEAD) {
+        float delta[AHEAD], own[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            if (j >= left) continue;
+            delta[j] = delta_sum[j * sign * channels];
+            own[j] = end[j * step];
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            if (j >= left) continue;
+            start[j * step] = h;
+            h = fmaf(decay_of(delta[j], A2), h, own[j]);
+        }
+        delta_sum += AHEAD * sign * channels, end += AHEAD * step, start += AHEAD * step;
     }
     if (final_state != nullptr) final_state[i] = h;
 }

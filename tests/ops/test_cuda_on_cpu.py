@@ -64,6 +64,13 @@ def test_scan_of_both_directions(shape, dtype):
     scans.test_both_directions(shape, ("D", "z", "dt_bias"), dtype)
 
 
+@pytest.mark.parametrize("length", [272, 300])
+def test_scan_in_many_chunks(length):
+    """More than are carried over together."""
+    shape = Shape(1, length, 40, N=16)
+    scans.check_both_directions(shape, ("z",), torch.bfloat16, (16, 1, False), chunk=16)
+
+
 def test_scan_backward_in_chunks(monkeypatch):
     monkeypatch.setattr(scans.cuda_scan, "_backward_chunk", lambda *_: 64)
     scans.test_both_directions(Shape(1, 129, 40, N=16), (), torch.bfloat16)
