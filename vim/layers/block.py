@@ -129,12 +129,19 @@ class VimBlock(nn.Module):
             return self(x, residual)
         in_proj, out_proj = projections
         norm, mixer = self.norm, self.mixer
-        x, stream = sequence.add_norm(
-            self.drop_path(x), residual, norm.weight, norm.bias, norm.eps, norm.kind
+        x, stream = sequence.block(
+            self.drop_path(x),
+            residual,
+            (norm.weight, norm.bias),
+            (in_proj.weight, in_proj.bias),
+            mixer.forward_branch.tensors(),
+            mixer.backward_branch.tensors(),
+            (out_proj.weight, out_proj.bias),
+            eps=norm.eps,
+            kind=norm.kind,
+            merge_scale=mixer.merge_scale,
+            keep_states=mixer.keep_states,
         )
-        branches = mixer.forward_branch.tensors(), mixer.backward_branch.tensors()
-        out = out_proj.weight, out_proj.bias, mixer.keep_states
-        x = sequence.bidirectional_mixer(in_proj(x), *branches, mixer.merge_scale, *out)
         return x, stream, stream
 
     def _plain_projections(self) -> tuple[nn.Linear, nn.Linear] | None:

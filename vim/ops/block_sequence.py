@@ -1,7 +1,9 @@
 """The ops of blocks that follow one another, for less of the host's time."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +22,14 @@ __all__ = ["BlockSequence", "TrainingSequence"]
 
 
 class _Sequence:
-    """Functions of tensors that the first block works out, by what they depend on beside tensors.
+    """Calls of what the ops do, which are noted once and repeated: see `Repeated`.
 
     Args:
         x: the tokens that the first block gets.
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._repeated = _resolve_mixer("auto", x).Repeated
-        self._calls: dict[Hashable, Callable[..., tuple]] = {}
+        self._backend = _resolve_mixer("auto", x)
 
     @staticmethod
     def serves(x: Tensor) -> bool:
@@ -39,18 +40,29 @@ class _Sequence:
         backends = _resolve_mixer("auto", x), _resolve_norm("auto", x, x.dtype)
         return all(hasattr(backend, "Repeated") for backend in backends)
 
-    def _call(self, key: Hashable, function: Callable, **options) -> Callable[..., tuple]:
-        if key not in self._calls:
-            self._calls[key] = self._repeated(function, **options)
-        return self._calls[key]
+    def _call(self, key: Hashable, function: Callable[..., tuple], *tensors, **options) -> tuple:
+        """Return function(*tensors), perhaps by repeating it.
+
+        Args:
+            key: all that `function` depends on beside the tensors.
+            options: of `Repeated`, always the same with a key.
+        """
+        return _repeated(self._backend.Repeated, key, **options)(function, *tensors)
+
+
+@functools.lru_cache(maxsize=64)
+def _repeated(kind: type, key: Hashable, **options):
+    """Return what calls the function of this key; one for all models, since it keeps no tensor."""
+    return kind(**options)
 
 
 class BlockSequence(_Sequence):
     """`add_norm` and `bidirectional_mixer` of blocks in a row, in one pass without gradients.
 
-    The first block does what the ops do. Those after it that have the same sizes start the same
-    kernels with weights of their own, and leave the ops' checks and choices out: the results are
-    the same, for less than half of the host's time. `serves` says where this can be.
+    The first block does what the ops do. Those after it that have the same sizes, in this pass and
+    in later ones, start the same kernels with weights of their own, and leave the ops' checks and
+    choices out: the results are the same, for less than half of the host's time. `serves` says
+    where this can be.
 
     Args:
         x: the tokens that the first block gets.
@@ -76,10 +88,11 @@ class BlockSequence(_Sequence):
         def function(*tensors):
             return _add_norm(*tensors, eps, kind)[:2]
 
-        call = self._call(("add_norm", eps, kind), function, in_place={0: 0, 1: 1})
+        tensors = x, residual, weight, bias
         if self._keeps:
-            self._keeps, call = False, function
-        return call(x, residual, weight, bias)
+            self._keeps = False
+            return function(*tensors)
+        return self._call(("add_norm", eps, kind), function, *tensors, in_place=((0, 0), (1, 1)))
 
     def bidirectional_mixer(
         self,
@@ -93,12 +106,11 @@ class BlockSequence(_Sequence):
         def function(xz, *branches):
             halves = _halves(branches)
             _check_mixer(xz, *halves)
-            forward = _resolve_mixer("auto", xz).forward
-            return (forward(xz, *halves, merge_scale, False, transient=True)[0],)
+            return (self._backend.forward(xz, *halves, merge_scale, False, transient=True)[0],)
 
+        key = "bidirectional_mixer", merge_scale
         with _products_as_given(xz):
-            call = self._call(("bidirectional_mixer", merge_scale), function)
-            return call(xz, *forward_branch, *backward_branch)[0]
+            return self._call(key, function, xz, *forward_branch, *backward_branch)[0]
 
     def project(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output projection as the op does it, once nobody needs the op's input."""
@@ -106,10 +118,11 @@ class BlockSequence(_Sequence):
 
 
 class TrainingSequence(_Sequence):
-    """`add_norm` and `bidirectional_mixer` of blocks in a row, with gradients.
+    """Blocks in a row with gradients: norm, projections and mixer of each as one step of autograd.
 
     As in `BlockSequence` the first block does what the ops do, forwards and backwards, and those of
-    the same sizes start again what it started: the same results, for less of the host's time.
+    the same sizes start again what it started: the same results, for less of the host's time. Under
+    autocast the gradients of the projections' weights are summed up in the weights' precision.
 
     Args:
         x: the tokens that the first block gets.
@@ -121,131 +134,173 @@ class TrainingSequence(_Sequence):
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         return _Sequence.serves(x) and not capturing
 
-    def add_norm(
+    def block(
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        kind: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the op does."""
-        return _AddNorm.apply(self, eps, kind, x, residual, weight, bias)
-
-    def bidirectional_mixer(
-        self,
-        xz: Tensor,
+        norm: tuple[Tensor, Tensor | None],
+        in_proj: tuple[Tensor, Tensor | None],
         forward_branch: list[Tensor],
         backward_branch: list[Tensor],
+        out_proj: tuple[Tensor, Tensor | None],
+        *,
+        eps: float,
+        kind: str,
         merge_scale: float,
-        out_weight: Tensor,
-        out_bias: Tensor | None,
         keep_states: bool,
-    ) -> Tensor:
-        """Return what the op does with an output projection."""
-        options = merge_scale, keep_states
+    ) -> tuple[Tensor, Tensor]:
+        """Return (tokens, stream) after `add_norm`, a projection and `bidirectional_mixer`.
+
+        Args:
+            x, residual: as for `add_norm`, with `norm` (weight, bias), `eps` and `kind`.
+            in_proj, out_proj: (weight, bias) of the projections before and after the mixer.
+            forward_branch, backward_branch, merge_scale, keep_states: as for `bidirectional_mixer`.
+        """
+        device, dtype = x.device.type, None
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        options = _Options(eps, kind, merge_scale, keep_states, dtype)
         branches = *forward_branch, *backward_branch
-        return _Mixer.apply(self, *options, xz, out_weight, out_bias, *branches)
+        return _Block.apply(self, options, x, residual, *norm, *in_proj, *out_proj, *branches)
 
 
-class _AddNorm(torch.autograd.Function):
+class _Options(NamedTuple):
+    """What a block in training depends on beside its tensors."""
+
+    eps: float
+    kind: str
+    merge_scale: float
+    keep_states: bool
+    dtype: torch.dtype | None
+    """In which autocast computes products."""
+
+
+class _Block(torch.autograd.Function):
+    """(sequence, options, x, residual, weight and bias of the norm and of the projections before
+    and after the mixer, tensors of both directions) -> (tokens, stream)."""
+
     @staticmethod
-    def forward(ctx, sequence, eps, kind, x, residual, weight, bias):
-        def function(*tensors):
-            return _add_norm(*tensors, eps, kind)
+    def forward(ctx, sequence, options, *tensors):
+        backend = sequence._backend
 
-        call = sequence._call(("add_norm", eps, kind), function, apart=True)
-        normed, new_residual, rstd = call(x, residual, weight, bias)
-        ctx.save_for_backward(weight, bias, new_residual, rstd)
-        ctx.sequence, ctx.kind, ctx.x_dtype = sequence, kind, x.dtype
+        def function(x, residual, weight, bias, in_weight, in_bias, out_weight, out_bias, *rest):
+            halves = _halves(rest)
+            normed, stream, rstd = _add_norm(x, residual, weight, bias, options.eps, options.kind)
+            if options.dtype is not None:
+                normed, in_weight, in_bias = (
+                    _converted(backend, t, options.dtype) for t in (normed, in_weight, in_bias)
+                )
+            xz = backend.make(F.linear, normed, in_weight, in_bias)
+            _check_mixer(xz, *halves, out_weight, out_bias)
+            keeps = _keeps_states(backend, options.keep_states, xz, halves[0])
+            lends = {"transient": True} if _lends_y(backend, keeps) else _keeping(keeps)
+            y, saved = backend.forward(xz, *halves, options.merge_scale, True, **lends)
+            out_weight, out_bias = (_converted(backend, t, y.dtype) for t in (out_weight, out_bias))
+            out = backend.make(F.linear, y, out_weight, out_bias)
+            return (out, stream, rstd, normed, xz, *saved, *([y] if keeps else []))
+
+        x, residual, *parameters = tensors
+        with _products_as_given(x):
+            out, stream, *saved = sequence._call(options, function, *tensors, apart=True)
+        ctx.save_for_backward(stream, *saved, *parameters)
+        ctx.sequence, ctx.options, ctx.x_dtype = sequence, options, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.keeps, ctx.count = len(saved) > 4, len(parameters)
         ctx.set_materialize_grads(False)
-        return normed, new_residual
+        return out, stream
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dnormed, dnew_residual):
-        if dnormed is None and dnew_residual is None:
-            return (None,) * 7
-        weight, bias, new_residual, rstd = ctx.saved_tensors
-        if dnormed is None:
-            dnormed = torch.zeros_like(new_residual)
-        kind, x_dtype, has_bias = ctx.kind, ctx.x_dtype, bias is not None
+    def backward(ctx, dout, dstream):
+        if dout is None and dstream is None:
+            return (None,) * (4 + ctx.count)
+        sequence, options, x_dtype = ctx.sequence, ctx.options, ctx.x_dtype
+        backend = sequence._backend
+        stream, rstd, normed, xz, *saved = ctx.saved_tensors
+        saved, parameters = saved[: -ctx.count], saved[-ctx.count :]
+        weight, bias, in_weight, in_bias, out_weight, out_bias, *branches = parameters
+        has_bias = tuple(t is not None for t in (bias, in_bias, out_bias))
 
-        def function(*tensors):
-            backward = _resolve_norm("auto", tensors[2], x_dtype).backward
-            return backward(*tensors, x_dtype, kind, has_bias)
+        def mixer_backward(*tensors):
+            return _mixer_backward(backend, options, ctx.keeps, has_bias[1:], *tensors)
 
-        key = "add_norm_bwd", kind, x_dtype, has_bias
-        call = ctx.sequence._call(key, function, apart=True)
-        dx, dresidual, dweight, dbias = call(dnormed, dnew_residual, new_residual, rstd, weight)
+        def norm_backward(dnormed, *tensors):
+            dnormed = _converted(backend, dnormed, x_dtype)
+            backward = _resolve_norm("auto", stream, x_dtype).backward
+            return backward(dnormed, *tensors, x_dtype, options.kind, has_bias[0])
+
+        key = options, ctx.keeps, has_bias
+        with _products_as_given(xz):
+            if dout is None:
+                dnormed, *gradients = [torch.zeros_like(stream)] + [None] * (4 + len(BRANCH))
+            else:
+                tensors = dout, normed, xz, in_weight, out_weight, *branches, *saved
+                dnormed, *gradients = sequence._call(
+                    key, mixer_backward, *tensors, apart=True, late=True
+                )
+            key = "add_norm", *key, x_dtype
+            tensors = dnormed, dstream, stream, rstd, weight
+            dx, dresidual, dweight, dbias = sequence._call(key, norm_backward, *tensors, apart=True)
         if ctx.residual_dtype is None:
             dresidual = None
         else:
             dresidual = (dx if dresidual is None else dresidual).to(ctx.residual_dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return None, None, None, dx, dresidual, dweight.to(weight.dtype), dbias
+        gradients, pairs = [dweight, dbias, *gradients[:4]], gradients[4:]
+        for direction in (0, 1):
+            gradients += [None if pair is None else pair[direction] for pair in pairs]
+        gradients = [
+            g if g is None or p is None or g.dtype == p.dtype else g.to(p.dtype)
+            for g, p in zip(gradients, parameters, strict=True)
+        ]
+        return None, None, dx, dresidual, *gradients
 
 
-class _Mixer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sequence, merge_scale, keep_states, xz, out_weight, out_bias, *branches):
-        def function(xz, *branches):
-            halves = _halves(branches)
-            _check_mixer(xz, *halves, out_weight, out_bias)
-            backend = _resolve_mixer("auto", xz)
-            keeps = _keeps_states(backend, keep_states, xz, halves[0])
-            lends = {"transient": True} if _lends_y(backend, keeps) else _keeping(keeps)
-            y, saved = backend.forward(xz, *halves, merge_scale, True, **lends)
-            return (y, *saved)
+def _mixer_backward(
+    backend,
+    options: _Options,
+    keeps: bool,
+    has_bias: tuple[bool, bool],
+    dout: Tensor,
+    normed: Tensor,
+    xz: Tensor,
+    in_weight: Tensor,
+    out_weight: Tensor,
+    *rest: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the mixer's input, of weight and bias of its projections, and of each
+    of `BRANCH` with a row a direction.
 
-        with _products_as_given(xz):
-            key = "bidirectional_mixer", merge_scale, keep_states
-            y, *saved = sequence._call(key, function, apart=True)(xz, *branches)
-            ctx.keeps = len(saved) > 1
-            if ctx.keeps:
-                saved.append(y)
-            ctx.save_for_backward(xz, out_weight, out_bias, *branches, *saved)
-            ctx.sequence, ctx.merge_scale = sequence, merge_scale
-            ctx.set_materialize_grads(False)
-            return _project(y, out_weight, out_bias)
+    Args:
+        keeps: whether the forward has kept states.
+        has_bias: which of the projections have one.
+        rest: the tensors of both directions, then what the forward saved.
+    """
+    halves, saved = _halves(rest[: 2 * len(BRANCH)]), list(rest[2 * len(BRANCH) :])
+    rows, dweights = dout.flatten(0, 1), []
+    dy = backend.make(torch.matmul, dout, _converted(backend, out_weight, dout.dtype))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        count = 2 * len(BRANCH)
-        if dout is None:
-            return (None,) * (6 + count)
-        xz, out_weight, out_bias, *rest = ctx.saved_tensors
-        branches, saved = rest[:count], rest[count:]
-        merge_scale, keeps = ctx.merge_scale, ctx.keeps
+    def take_y(y):
+        arguments = rows, y.flatten(0, 1), out_weight.dtype
+        dweights.append(backend.make(_weight_gradient, *arguments))
 
-        def function(dout, dy, xz, *rest):
-            backend = _resolve_mixer("auto", xz)
-            halves, saved = _halves(rest[:count]), list(rest[count:])
-            rows, dweight = dout.flatten(0, 1), []
+    lends = {"take_y": take_y}
+    if keeps:
+        take_y(saved.pop())
+        lends = {}
+    dxz, *pairs = backend.backward(dy, xz, *halves, saved, options.merge_scale, **lends)
+    columns = dxz.flatten(0, 1)
+    arguments = columns, normed.flatten(0, 1), in_weight.dtype
+    gradients = [backend.make(_weight_gradient, *arguments)]
+    gradients.append(backend.make(torch.sum, columns, 0) if has_bias[0] else None)
+    gradients += dweights
+    gradients.append(backend.make(torch.sum, rows, 0) if has_bias[1] else None)
+    dnormed = backend.make(torch.matmul, dxz, _converted(backend, in_weight, dxz.dtype))
+    return dnormed, *gradients, *pairs
 
-            def take_y(y):
-                product = backend.make(_weight_gradient, rows, y.flatten(0, 1), out_weight.dtype)
-                dweight.append(product)
 
-            if keeps:
-                take_y(saved.pop())
-                gradients = backend.backward(dy, xz, *halves, saved, merge_scale)
-            else:
-                gradients = backend.backward(dy, xz, *halves, saved, merge_scale, take_y=take_y)
-            return (*dweight, *gradients)
-
-        with _products_as_given(xz):
-            dy = torch.matmul(dout, out_weight.to(dout.dtype))
-            key = "bidirectional_mixer_bwd", merge_scale, keeps, out_weight.dtype
-            call = ctx.sequence._call(key, function, apart=True, late=True)
-            dweight, dxz, *pairs = call(dout, dy, xz, *branches, *saved)
-            dbias = None if out_bias is None else dout.flatten(0, 1).sum(0).to(out_bias.dtype)
-        rows = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        gradients = [g.to(x.dtype) for g, x in zip(rows[0] + rows[1], branches, strict=True)]
-        return None, None, None, dxz, dweight.to(out_weight.dtype), dbias, *gradients
+def _converted(backend, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return `x` in another precision, in a way that is repeated."""
+    return x if x is None or x.dtype == dtype else backend.make(Tensor.to, x, dtype)
 
 
 def _add_norm(x, residual, weight, bias, eps: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -114,9 +114,12 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int  # in bytes
+    whole: bool  # whether it is that argument, or piece, as it is
 
     def of(self, pieces: Sequence[Tensor]) -> Tensor:
         piece = pieces[self.index]
+        if self.whole:
+            return piece
         if piece.dtype != self.dtype:
             piece = piece.view(self.dtype)
         offset = piece.storage_offset() + self.offset // self.dtype.itemsize
@@ -131,6 +134,8 @@ class _Step(NamedTuple):
     """A kernel's arguments; or of a function of PyTorch's, with tensors as `_View`."""
     places: list[tuple[int, int, int]] | None
     """Which words are addresses of what: (at, argument or piece, offset); None for PyTorch's."""
+    lets_go: list[int]
+    """What `make` made that nothing needs after it."""
 
 
 class _Plan(NamedTuple):
@@ -144,82 +149,92 @@ class _Plan(NamedTuple):
 
 
 class Repeated:
-    """A function of tensors that launches kernels, for many calls with tensors of one kind.
+    """What a function of tensors launches, again for tensors of the same kinds.
 
-    Where tensors have the shapes, strides, dtypes, device and alignment of those before, what the
-    function did for them is started again on the new ones, which takes the host a fraction of the
-    function's time. What the function makes is one piece of memory then, in which tensors that do
-    not live at once may lie in the same place.
+    Where tensors have the shapes, strides, dtypes, device and alignment of those of an earlier
+    call, what the function did for them is started again on the new ones, which takes the host a
+    fraction of the function's time. What the function makes is one piece of memory then, in which
+    tensors that do not live at once may lie in the same place. No tensor is kept between calls, and
+    threads may call at once.
 
     Args:
-        function: (tensors or None) -> tuple of tensors, of any values, by `launch`, `bmm` and
-            `make` alone. What it does may depend on the tensors' kinds only; if something else
-            touches an argument, such as a conversion, nothing is repeated and the function is
-            called each time.
-        in_place: by the index of a result, that of the argument whose memory it may take.
+        in_place: (result, argument) pairs: by the index of a result, that of the argument whose
+            memory it may take.
         apart: whether results have memory of their own, for those that outlive the others.
         late: whether to note at the second call what the function does, and not at the first:
             meanwhile all that it makes lives on, and the first step of a backward finds the least
             free memory.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., tuple],
-        in_place: Mapping[int, int] | None = None,
-        apart: bool = False,
-        late: bool = False,
-    ) -> None:
-        self._function = function
-        self._in_place = in_place or {}
-        self._apart = apart
-        self._kinds: list | None = None  # of what can be repeated
-        self._refused: list | None = None  # of what cannot
-        self._met: list | None = None  # of what was called once, if that is to be late
-        self._late = late
-        self._plan: _Plan | None = None
+    MOST_KINDS = 32
+    """Of so many kinds of tensors, the latest met, it is known what to start."""
 
-    def __call__(self, *tensors: Tensor | None) -> tuple:
-        kinds = [x if x is None else _kind(x) for x in tensors]
-        if kinds != self._kinds:
-            if kinds == self._refused:
-                return self._function(*tensors)
-            if self._late and kinds != self._met:
-                self._met = kinds
-                return self._function(*tensors)
-            return self._first(tensors, kinds)
+    def __init__(
+        self, in_place: tuple[tuple[int, int], ...] = (), apart: bool = False, late: bool = False
+    ) -> None:
+        self._in_place = dict(in_place)
+        self._apart = apart
+        self._late = late
+        self._plans: dict[tuple, _Plan | None] = {}  # None of what cannot be repeated
+        self._met: set[tuple] = set()  # kinds whose first call was too early to note
+
+    def __call__(self, function: Callable[..., tuple], *tensors: Tensor | None) -> tuple:
+        """Return function(*tensors).
+
+        Args:
+            function: (tensors or None) -> tuple of tensors, of any values, by `launch`, `bmm` and
+                `make` alone; the same at each call. What it does may depend on the tensors' kinds
+                only; if something else touches an argument, such as a conversion, nothing is
+                repeated and the function is called each time.
+        """
+        kinds = tuple([x if x is None else _kind(x) for x in tensors])
+        try:
+            plan = self._plans[kinds]
+        except KeyError:
+            return self._first(function, tensors, kinds)
+        if plan is None:
+            return function(*tensors)
         first = next(x for x in tensors if x is not None)
         pieces = [*tensors]
-        pieces += [first.new_empty(shape, dtype=dtype) for shape, dtype in self._plan.pieces]
+        pieces += [first.new_empty(shape, dtype=dtype) for shape, dtype in plan.pieces]
         addresses = [0 if x is None else x.data_ptr() for x in pieces]
-        for start, words, places in self._plan.steps:
+        for start, words, places, lets_go in plan.steps:
             if places is not None:
+                words = words.copy()
                 for at, index, offset in places:
                     words[at] = addresses[index] + offset
                 start(words)
-                continue
-            given = [x.of(pieces) if type(x) is _View else x for x in words]
-            if start is torch.bmm:
-                torch.bmm(*given[:2], out=given[2])
             else:
-                pieces.append(start(*given))
-                addresses.append(pieces[-1].data_ptr())
+                given = [x.of(pieces) if type(x) is _View else x for x in words]
+                if start is torch.bmm:
+                    torch.bmm(*given[:2], out=given[2])
+                else:
+                    pieces.append(start(*given))
+                    addresses.append(pieces[-1].data_ptr())
+            for index in lets_go:
+                pieces[index] = None
         return tuple(
-            pieces[x] if type(x) is int else None if x is None else x.of(pieces)
-            for x in self._plan.results
+            [
+                pieces[x] if type(x) is int else None if x is None else x.of(pieces)
+                for x in plan.results
+            ]
         )
 
-    def _first(self, tensors: tuple, kinds: list) -> tuple:
+    def _first(self, function: Callable[..., tuple], tensors: tuple, kinds: tuple) -> tuple:
         """Call the function, and note what it starts."""
-        self._kinds, self._refused = None, kinds
+        if self._late and kinds not in self._met:
+            if len(self._met) >= self.MOST_KINDS:
+                self._met.clear()
+            self._met.add(kinds)
+            return function(*tensors)
         _this_thread.noted = noted = []
         try:
-            results = self._function(*tensors)
+            results = function(*tensors)
         finally:
             _this_thread.noted = None
-        plan = _plan(tensors, noted, results, self._in_place, self._apart)
-        if plan is not None:
-            self._kinds, self._refused, self._plan = kinds, None, plan
+        if len(self._plans) >= self.MOST_KINDS:
+            self._plans.pop(next(iter(self._plans)), None)
+        self._plans[kinds] = _plan(tensors, noted, results, self._in_place, self._apart)
         return results
 
 
@@ -283,18 +298,33 @@ def _plan(
         index, offset = _place(x, spans) or (None, 0)
         if index is None or (index < len(tensors) and tensors[index].dtype != x.dtype):
             return None
-        return _View(index, x.shape, x.stride(), x.dtype, offset)
+        if index < len(tensors):
+            whole = _kind(tensors[index]) == _kind(x)
+        elif index < len(tensors) + len(pieces):
+            whole = x.is_contiguous() and pieces[index - len(tensors)] == (tuple(x.shape), x.dtype)
+        else:
+            whole = _kind(made[index - len(tensors) - len(pieces)]) == _kind(x)
+        return _View(index, x.shape, x.stride(), x.dtype, offset, whole and offset == 0)
 
+    last = {_storage(x): at for at, call in enumerate(noted) if (x := call.made) is not None}
+    for at, x in (*touched, *((end, x) for x in results if x is not None)):
+        last[_storage(x)] = at
     steps: list[_Step] = []
-    for start, arguments, product in noted:
+    lost = False
+    for at, (start, arguments, product) in enumerate(noted):
+        lets_go = [
+            len(tensors) + len(pieces) + k for k, span in enumerate(made_spans) if last[span] == at
+        ]
         if start is torch.bmm or product is not None:
             words = [view_of(x) if isinstance(x, Tensor) else x for x in arguments]
+            pairs = zip(words, arguments, strict=True)
+            lost |= any(word is None and x is not None for word, x in pairs)
             places = None
         else:
             words = _words(arguments)
-            found = ((at, x) for at, x in enumerate(arguments) if isinstance(x, Tensor))
-            places = [(at, *_place(x, spans)) for at, x in found]
-        steps.append(_Step(start, words, places))
+            found = ((i, x) for i, x in enumerate(arguments) if isinstance(x, Tensor))
+            places = [(i, *_place(x, spans)) for i, x in found]
+        steps.append(_Step(start, words, places, lets_go))
 
     def result(i: int, x: Tensor | None) -> _View | int | None:
         if x is None or i in in_place:
@@ -303,15 +333,11 @@ def _plan(
         if numbers:
             return len(tensors) + len(pieces) + numbers[0]
         view = view_of(x)
-        at = 0 if view is None else view.index - len(tensors)
-        whole = 0 < at < len(pieces) and pieces[at] == (tuple(x.shape), x.dtype)
-        return view.index if whole else view
+        return view.index if view is not None and view.whole else view
 
     found = [result(i, x) for i, x in enumerate(results)]
-    lost = any(x is not None and f is None for x, f in zip(results, found, strict=True))
-    if lost or any(None in step.words for step in steps if step.places is None):
-        return None
-    return _Plan(pieces, steps, found)
+    lost |= any(x is not None and f is None for x, f in zip(results, found, strict=True))
+    return None if lost else _Plan(pieces, steps, found)
 
 
 def _packed(
