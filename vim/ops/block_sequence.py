@@ -128,12 +128,6 @@ class TrainingSequence(_Sequence):
         x: the tokens that the first block gets.
     """
 
-    @staticmethod
-    def serves(x: Tensor) -> bool:
-        """Whether that can be, outside of graphs, which have no use for it."""
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        return _Sequence.serves(x) and not capturing
-
     def block(
         self,
         x: Tensor,
