@@ -167,7 +167,7 @@ class Repeated:
     """
 
     MOST_KINDS = 32
-    """Of so many kinds of tensors, the latest met, it is known what to start."""
+    """Of so many kinds of tensors, the latest worked out, it is known what to start."""
 
     def __init__(
         self, in_place: tuple[tuple[int, int], ...] = (), apart: bool = False, late: bool = False
@@ -233,7 +233,8 @@ class Repeated:
         finally:
             _this_thread.noted = None
         if len(self._plans) >= self.MOST_KINDS:
-            self._plans.pop(next(iter(self._plans)), None)
+            oldest, *_ = tuple(self._plans)  # at once, since other threads may add some
+            self._plans.pop(oldest, None)
         self._plans[kinds] = _plan(tensors, noted, results, self._in_place, self._apart)
         return results
 
