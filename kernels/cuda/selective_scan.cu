@@ -58,12 +58,13 @@ struct TeamShared {
     // Tiles of activations; see TileItem for the order of a row's channels.
     alignas(16) scalar_t u[2][T][CH];
     // Step sizes before bias and softplus are GIVEN; a PRODUCT, which a warp leaves for its lanes where
-    // S = 1; or made by who needs them, of FACTORS. Pitches such that a warp meets every bank once.
+    // S = 1; or made by who needs them, of FACTORS. Pitches such that a warp meets every bank once,
+    // but for large ranks, which would leave room for fewer blocks.
     static constexpr bool GIVEN = STEPS == 0, PRODUCT = STEPS > 0 && S == 1;
     static constexpr bool FACTORS = STEPS > 0 && S > 1;
-    alignas(16) scalar_t dt[GIVEN ? 2 : 1][GIVEN ? T : 1][CH];
-    alignas(16) scalar_t low_rank[FACTORS ? T : 1][8 * (STEPS | 1)];
-    static constexpr int DT_PITCH = PRODUCT ? CH + 8 : CH, WEIGHT_PITCH = 4 * (STEPS | 1);
+    alignas(16) scalar_t dt[GIVEN ? 2 : 1][GIVEN ? T : 1][GIVEN ? CH : 8];
+    alignas(16) scalar_t low_rank[FACTORS ? T : 1][FACTORS ? 8 * (STEPS | 1) : 8];
+    static constexpr int DT_PITCH = CH + 8, WEIGHT_PITCH = 4 * (STEPS > 4 ? STEPS : STEPS | 1);
     alignas(16) float product[PRODUCT ? T : 1][PRODUCT ? DT_PITCH : 4];
     alignas(16) unsigned dt_proj[PRODUCT ? CH : 1][WEIGHT_PITCH];
     __device__ __forceinline__ auto dt_at(int stage, int r, int c) const {

@@ -185,15 +185,19 @@ class TestSelectiveScan:
         )
 
 
-class TestSelectiveScanInSegments(TestSelectiveScan):
+@pytest.fixture
+def shortest_segments(monkeypatch):
     """Sequences cut along the tokens, as a GPU with many idle processors has them."""
 
-    @pytest.fixture(autouse=True)
-    def segments_of_a_chunk(self, monkeypatch):
-        def cut(u, programs, blocks, warps):
-            return scan_in_triton.CHUNK, -(-u.shape[1] // scan_in_triton.CHUNK)
+    def cut(u, programs, blocks, warps, multiple):
+        return multiple, -(-u.shape[1] // multiple)
 
-        monkeypatch.setattr(scan_in_triton, "_segments", cut)
+    monkeypatch.setattr(scan_in_triton, "_segments", cut)
+
+
+@pytest.mark.usefixtures("shortest_segments")
+class TestSelectiveScanInSegments(TestSelectiveScan):
+    pass
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 67, 33, 16)], ids=str)
@@ -225,6 +229,22 @@ class TestBothScans:
         error = torch.linalg.vector_norm(y.double() - truth)
         rounded = torch.linalg.vector_norm(exact(F32).to(dtype).double() - truth)
         assert error <= 3 * rounded + 4 * torch.finfo(dtype).eps * torch.linalg.vector_norm(truth)
+
+
+@pytest.mark.usefixtures("shortest_segments")
+class TestBothScansInSegments(TestBothScans):
+    pass
+
+
+def test_segments_share_the_work_out(monkeypatch):
+    monkeypatch.setattr(scan_in_triton, "_multiprocessors", lambda u: 132)
+    u, blocks = torch.empty(1, 6085, 1, device="meta"), {"num_warps": 1}
+    assert scan_in_triton._segments(u, 96, blocks, 12, 64) == (384, 16)
+    assert scan_in_triton._segments(u, 96, blocks, 12, 8) == (384, 16)
+    assert scan_in_triton._segments(u[:, :1025], 192, blocks, 12, 64) == (192, 6)
+    assert scan_in_triton._segments(u[:, :1025], 192, blocks, 12, 8) == (136, 8)
+    assert scan_in_triton._segments(u[:, :1000], 192, blocks, 12, 8) == (1024, 1)
+    assert scan_in_triton._segments(u, 1000, blocks, 12, 8) == (6144, 1)
 
 
 # B, L, H, P, N, dtype, reverse, optional tensors, layout

@@ -152,7 +152,7 @@ class VimBlock(nn.Module):
             and type(mixer) is BidirectionalMamba
             and type(drop_path) in (nn.Identity, DropPath)
             and type(ffn) is _NoFeedForward
-            and all(is_bare(x) for x in (self, drop_path, norm, mixer, ffn))
+            and is_bare(self, drop_path, norm, mixer, ffn)
         )
         return mixer.plain_projections() if plain else None
 

@@ -181,7 +181,7 @@ class BidirectionalMamba(nn.Module):
         kinds = type(in_proj), type(norm), type(out_proj)
         if kinds != (nn.Linear, nn.Identity, nn.Linear):
             return None
-        return (in_proj, out_proj) if all(map(is_bare, (in_proj, norm, out_proj))) else None
+        return (in_proj, out_proj) if is_bare(in_proj, norm, out_proj) else None
 
     def mix(self, xz: Tensor) -> Tensor:
         """Return the output, of the input projection: (B, L, 2 d_inner) -> (B, L, dim)."""

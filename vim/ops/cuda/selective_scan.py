@@ -606,8 +606,7 @@ def forward_bidirectional(
             to 16 states, since more leave no registers for it.
         kept: what to leave for the backward, of `kept_specs`; for inputs of one dtype, with z.
     """
-    most_rank = 32 if kept is None else 24  # for its wider blocks shared memory holds no more
-    if dt_proj is not None and not _multiplies(most_rank, A.shape[2], dt_proj, u, dt, B, C, z):
+    if dt_proj is not None and not _multiplies(kept is not None, A.shape[2], dt_proj, u, dt, B, C, z):
         dt = bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
         dt_proj = None
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dt_proj=dt_proj)
@@ -615,12 +614,14 @@ def forward_bidirectional(
     return _scan_forward(scan, overwrite_u=overwrite_u, kept=kept)[0].to(u.dtype)
 
 
-def _multiplies(most_rank: int, states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
+def _multiplies(keeps: bool, states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
     """Whether the forward kernel multiplies dt by dt_proj: 16 bits, ranks of eights, no large one.
 
     That saves memory; time is won at batch 1 and lost at large ranks. It reads 16 bytes at a time.
     """
     rank, dtype = dt_proj.shape[2], dt_proj.dtype
+    # What registers hold, and shared memory of the wider blocks that leave states.
+    most_rank = 24 if keeps else 48 if states <= 16 else 32
     return (
         dtype.itemsize == 2
         and all(x is None or x.dtype == dtype for x in rows)
@@ -731,4 +732,7 @@ def instantiations() -> list[tuple[str, str]]:
     # The most for shared memory to hold.
     add(16, 8, torch.bfloat16, 2, OUTPUT, rank=24)
     add(16, 1, torch.bfloat16, 2, OUTPUT_AND_STATES, rank=24)
+    # The largest rank.
+    add(16, 1, torch.bfloat16, 2, OUTPUT_OVER_U, rank=48)
+    add(16, 4, torch.bfloat16, 2, OUTPUT_OVER_U, rank=48, apart=True)
     return list(dict.fromkeys(kernels))

@@ -725,7 +725,9 @@ def _scan_into(
     A, D, dt_bias = _transposed(A), _contiguous(D), _contiguous(dt_bias)
     groups = B.shape[2]
     blocks = _scan_blocks(state, channels // groups)
-    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, warps=12)
+    # States are saved where the chunks begin.
+    multiple = CHUNK if save_states else 8
+    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, 12, multiple)
     if segments == 1:
         blocks = _forward_blocks(u, state, groups)
     final_state = torch.empty(batch, channels, state, dtype=torch.float32, device=u.device)
@@ -798,7 +800,7 @@ def backward(
     du, ddt = empty(True, *u.shape, dtype=u.dtype), empty(True, *dt.shape, dtype=dt.dtype)
     dz = None if z is None else empty(True, *z.shape, dtype=z.dtype)
     blocks = _backward_blocks(state, channels // groups)
-    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, warps=8)
+    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, 8, CHUNK)
     grid = _grid(u, groups, segments, blocks)
     scratch = empty(True, grid[0], CHUNK // blocks["TOKENS"], blocks["BLOCK_N"], blocks["BLOCK_D"])
     parts = triton.cdiv(channels // groups, blocks["BLOCK_D"])
@@ -873,19 +875,23 @@ def _backward_blocks(state: int, channels: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "TOKENS": 2, "num_warps": warps}
 
 
-def _segments(u, programs: int, blocks: dict[str, int], warps: int) -> tuple[int, int]:
+def _segments(
+    u, programs: int, blocks: dict[str, int], warps: int, multiple: int
+) -> tuple[int, int]:
     """Into segments of how many tokens to cut a sequence, and how many these are.
 
     Args:
         programs: how many there are if nothing is cut; so few that most of the GPU idles are cut,
             into as many as it holds at once.
         warps: how many a multiprocessor holds, by their registers.
+        multiple: of how many tokens segments are.
     """
     length = u.shape[1]
     segments = _multiprocessors(u) * max(1, warps // blocks["num_warps"]) // max(1, programs)
     if length < 1024 or segments < 3:
         return triton.cdiv(length, CHUNK) * CHUNK, 1
-    segment = max(2, triton.cdiv(triton.cdiv(length, CHUNK), segments)) * CHUNK
+    segment = triton.cdiv(triton.cdiv(length, segments), multiple) * multiple
+    segment = max(2 * CHUNK, segment)
     return segment, triton.cdiv(length, segment)
 
 
