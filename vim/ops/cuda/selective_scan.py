@@ -606,7 +606,9 @@ def forward_bidirectional(
             to 16 states, since more leave no registers for it.
         kept: what to leave for the backward, of `kept_specs`; for inputs of one dtype, with z.
     """
-    if dt_proj is not None and not _multiplies(kept is not None, A.shape[2], dt_proj, u, dt, B, C, z):
+    if dt_proj is not None and not _multiplies(
+        kept is not None, A.shape[2], dt_proj, u, dt, B, C, z
+    ):
         dt = bmm(dt.flatten(1, 2), dt_proj.mT).unflatten(1, dt.shape[1:3])
         dt_proj = None
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, False, scale, dt_proj=dt_proj)
@@ -620,7 +622,7 @@ def _multiplies(keeps: bool, states: int, dt_proj: Tensor, *rows: Tensor | None)
     That saves memory; time is won at batch 1 and lost at large ranks. It reads 16 bytes at a time.
     """
     rank, dtype = dt_proj.shape[2], dt_proj.dtype
-    # What registers hold, and shared memory of the wider blocks that leave states.
+    # As much as registers hold, and the shared memory of the wider blocks that leave states.
     most_rank = 24 if keeps else 48 if states <= 16 else 32
     return (
         dtype.itemsize == 2
