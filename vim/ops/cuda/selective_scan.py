@@ -619,7 +619,11 @@ def forward_bidirectional(
 def _multiplies(keeps: bool, states: int, dt_proj: Tensor, *rows: Tensor | None) -> bool:
     """Whether the forward kernel multiplies dt by dt_proj: 16 bits, ranks of eights, no large one.
 
-    That saves memory; time is won at batch 1 and lost at large ranks. It reads 16 bytes at a time.
+    That saves memory; time is won where tokens are few, lost at large ranks. It reads 16 bytes at a
+    time.
+
+    Args:
+        keeps: whether states are left for the backward.
     """
     rank, dtype = dt_proj.shape[2], dt_proj.dtype
     # As much as registers hold, and the shared memory of the wider blocks that leave states.

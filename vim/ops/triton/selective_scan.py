@@ -727,7 +727,8 @@ def _scan_into(
     blocks = _scan_blocks(state, channels // groups)
     # States are saved where the chunks begin.
     multiple = CHUNK if save_states else 8
-    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, 12, multiple)
+    programs = _grid(u, groups, 1, blocks)[0]
+    segment, segments = _segments(u, programs, blocks, warps=12, multiple=multiple)
     if segments == 1:
         blocks = _forward_blocks(u, state, groups)
     final_state = torch.empty(batch, channels, state, dtype=torch.float32, device=u.device)
@@ -800,7 +801,8 @@ def backward(
     du, ddt = empty(True, *u.shape, dtype=u.dtype), empty(True, *dt.shape, dtype=dt.dtype)
     dz = None if z is None else empty(True, *z.shape, dtype=z.dtype)
     blocks = _backward_blocks(state, channels // groups)
-    segment, segments = _segments(u, _grid(u, groups, 1, blocks)[0], blocks, 8, CHUNK)
+    programs = _grid(u, groups, 1, blocks)[0]
+    segment, segments = _segments(u, programs, blocks, warps=8, multiple=CHUNK)
     grid = _grid(u, groups, segments, blocks)
     scratch = empty(True, grid[0], CHUNK // blocks["TOKENS"], blocks["BLOCK_N"], blocks["BLOCK_D"])
     parts = triton.cdiv(channels // groups, blocks["BLOCK_D"])
