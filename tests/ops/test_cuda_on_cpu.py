@@ -71,6 +71,11 @@ def test_scan_in_many_chunks(length):
     scans.check_both_directions(shape, ("z",), torch.bfloat16, (16, 1, False), chunk=16)
 
 
+@pytest.mark.parametrize(("states", "length"), [(1, 300), (2, 530)])
+def test_scan_of_few_states_in_chunks(states, length):
+    scans.test_few_states_in_chunks(states, length, torch.bfloat16)
+
+
 def test_scan_backward_in_chunks(monkeypatch):
     monkeypatch.setattr(scans.cuda_scan, "_backward_chunk", lambda *_: 64)
     scans.test_both_directions(Shape(1, 129, 40, N=16), (), torch.bfloat16)

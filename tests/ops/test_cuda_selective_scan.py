@@ -214,6 +214,19 @@ def test_both_directions(shape, options, dtype):
     check_both_directions(shape, options, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("states", "length"), [(1, 300), (2, 530), (4, 1030)])
+def test_few_states_in_chunks(states, length, dtype):
+    """Few states leave a channel few lanes, so that fewer tokens than else are cut into chunks."""
+    shape = Shape(1, length, 40, N=states)
+    arguments = on_device(*both_directions(shape, dtype))[0]
+    scan = cuda_scan._Scan(*arguments, True, False, 0.5)
+    variant = cuda_scan._backward_variant(states, dtype)
+    assert cuda_scan._plan(scan)[1] < length
+    assert cuda_scan._backward_chunk(scan, variant) < length
+    check_both_directions(shape, ("D", "z", "dt_bias"), dtype)
+
+
 def check_both_directions(shape, options, dtype, way=None, chunk=None, keep=False):
     """Check output and gradients.
 

@@ -245,6 +245,17 @@ def test_segments_share_the_work_out(monkeypatch):
     assert scan_in_triton._segments(u[:, :1025], 192, blocks, 12, 8) == (136, 8)
     assert scan_in_triton._segments(u[:, :1000], 192, blocks, 12, 8) == (1024, 1)
     assert scan_in_triton._segments(u, 1000, blocks, 12, 8) == (6144, 1)
+    assert scan_in_triton._segments(u[:, :1025], 192, blocks, 16, 8) == (96, 11)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_pair_in_float32(groups):
+    projected = torch.randn(2, 5, groups, 4 + 2 * 16).to(torch.bfloat16)
+    _, B, C = projected.split([4, 16, 16], -1)
+    for pair in ((B, C), (C, B), (B, C.clone()), (B.mT.clone().mT, C.mT.clone().mT)):
+        result = scan_in_triton._float32_pair(*pair)
+        for x, y in zip(pair, result, strict=True):
+            torch.testing.assert_close(y, x.float(), rtol=0, atol=0)
 
 
 # B, L, H, P, N, dtype, reverse, optional tensors, layout

@@ -304,6 +304,10 @@ def _scan_forward(
     return y, None if end is None else end[:, :, 0]
 
 
+_SPLITS = [(8, 16), (48, 8), (96, 4), (192, 2)]
+"""Up to which share of the sequences a channel of 16 states gets how many lanes."""
+
+
 def _plan(scan: _Scan, tile: int | None = None, keeps: bool = False) -> tuple[Variant, int]:
     """Return how to share the work out, and into chunks of how many tokens to cut L.
 
@@ -317,18 +321,17 @@ def _plan(scan: _Scan, tile: int | None = None, keeps: bool = False) -> tuple[Va
     processors = multiprocessors(scan.device.index)
     # What a multiprocessor gets, in sequences of 16 states; it holds 384 threads of S > 1.
     share = sequences * fewest / processors
-    if tile is None and 0 < share <= 30 and scan.length >= 2048:
-        # So few sequences that scanning twice, in chunks, beats more lanes. One wave of blocks.
+    split = next((lanes for most, lanes in _SPLITS if share <= most), 1)
+    # So few sequences that scanning twice, in chunks, beats more lanes, or more than states allow.
+    few = share <= 30 and scan.length >= 2048
+    few = few or (states < split and scan.length >= min(1024, 256 * states))
+    if tile is None and sequences > 0 and few:  # one wave of blocks
         variant = _variant(states, fewest, scan.dtype, chunked=True, keeps=keeps, rank=scan.rank)
         group_blocks = -(-(scan.channels // scan.groups) // variant.block_channels)
         resident = variant.min_blocks * processors * 2 // scan.directions
         chunks = max(1, resident // (group_blocks * scan.groups * scan.batch))
         step = max(variant.tile, 8)
         return variant, min(scan.length, max(64, step * math.ceil(scan.length / chunks / step)))
-    if share <= 48:
-        split = 16 if share < 8 else 8
-    else:
-        split = 4 if share <= 96 else 2 if share <= 192 else 1
     lanes = min(fewest * split, most)
     apart = _apart(scan, states, lanes)
     variant = _variant(states, lanes, scan.dtype, tile, keeps=keeps, apart=apart, rank=scan.rank)
@@ -533,7 +536,10 @@ def _backward_chunk(scan: _Scan, variant: BackwardVariant) -> int:
     groups = -(-(scan.channels // scan.groups) // variant.block_channels) * scan.groups
     blocks = groups * scan.batch * scan.directions
     resident = variant.min_blocks * multiprocessors(scan.device.index)
-    if not 0 < 2 * blocks <= resident:
+    most = resident // 2
+    if variant.lanes <= 2:  # blocks of few states are small, and wait more than they work
+        most, resident = resident, 12 * resident
+    if not 0 < blocks <= most:
         return max(scan.length, 1)
     tokens = -(-scan.length // (resident // blocks))
     return min(scan.length, max(64, -(-tokens // variant.tile) * variant.tile))

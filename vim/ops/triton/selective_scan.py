@@ -75,8 +75,9 @@ def _program(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
+    FROM: tl.constexpr = 0,
 ):
-    """What this program owns, and masks.
+    """What this program owns, and masks, where `segments` are scanned from number FROM on.
 
     Returns batch item, segment of the tokens, group, channels [BLOCK_D], states [BLOCK_N], whether
     these exist, and the first and one past the last token, in the order scanned.
@@ -86,7 +87,7 @@ def _program(
     program = tl.program_id(0)
     group = (program // blocks) % groups
     item_and_part = (program // (blocks * groups)).to(tl.int64)
-    item, part = item_and_part // segments, item_and_part % segments
+    item, part = item_and_part // segments, item_and_part % segments + FROM
     in_group = (program % blocks) * BLOCK_D + _lanes(BLOCK_D, NEIGHBOURS)
     d = (group * group_channels + in_group).to(tl.int64)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -105,11 +106,29 @@ def _load(row, lanes, step, left, mask, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _float32(tokens, TOKENS: tl.constexpr):
+def _float32(tokens, TOKENS: tl.constexpr, WHICH: tl.constexpr = 0):
+    """TOKENS rows of tensor number WHICH, of those in `tokens`, one tensor's after another's."""
     converted = ()
     for i in tl.static_range(TOKENS):
-        converted += (tokens[i].to(tl.float32),)
+        converted += (tokens[WHICH * TOKENS + i].to(tl.float32),)
     return converted
+
+
+@triton.jit
+def _load_all(rows, lanes, steps, left, masks, TOKENS: tl.constexpr):
+    """`_load` of several tensors: one tensor's rows after another's."""
+    tokens = ()
+    for k in tl.static_range(len(rows)):
+        tokens += _load(rows[k], lanes[k], steps[k], left, masks[k], TOKENS)
+    return tokens
+
+
+@triton.jit
+def _further(rows, steps, TOKENS: tl.constexpr):
+    further = ()
+    for k in tl.static_range(len(rows)):
+        further += (rows[k] + TOKENS * steps[k],)
+    return further
 
 
 # Row by row: a store of the whole tile, whose state is contiguous here, would have the compiler
@@ -146,11 +165,10 @@ FLAGS = {
     "HAS_DT_BIAS": lambda args: args["dt_bias"] is not None,
 }
 HAS_START = {"HAS_START": lambda args: args["start"] is not None}
-HAS_END = {"HAS_END": lambda args: args["end"] is not None}
 UNSPECIALIZED = ["length", "segment", "segments"]
 
 
-@triton.heuristics({**FLAGS, **HAS_START, **HAS_END})
+@triton.heuristics({**FLAGS, **HAS_START})
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def selective_scan_fwd_kernel(
     u,
@@ -193,7 +211,6 @@ def selective_scan_fwd_kernel(
     HAS_Z: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
-    HAS_END: tl.constexpr,
     ADD: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -203,10 +220,13 @@ def selective_scan_fwd_kernel(
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Scan a segment, TOKENS tokens at a time, whose loads overlap; state and sums in float32.
 
-    If ADD, what y holds is added, and the sum scaled, before the gate.
+    Rows are asked for STAGES - 1 times TOKENS tokens ahead, through shared memory; or, if STAGES is
+    1, which suits short segments, TOKENS tokens ahead, into registers. If ADD, what y holds is
+    added, and the sum scaled, before the gate.
     """
     item, part, group, d, n, mask_d, mask_n, first, last = _program(
         channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 2
@@ -243,41 +263,38 @@ def selective_scan_fwd_kernel(
 
     chunk = item * tl.cdiv(length, CHUNK) + first // CHUNK
     saved_tile = _tile_of_states(saved, chunk, n, d, state, channels)
-    # The rows of the next TOKENS tokens are under way while these are computed.
-    tokens = (last - first).to(tl.int32)
-    left = tokens
-    next_u = _load(u_rows, d * u_d, u_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    next_dt = _load(dt_rows, d * dt_d, dt_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    next_B = _load(B_rows, n * B_n, B_step, left, mask_n, TOKENS)  # [BLOCK_N] each
-    next_C = _load(C_rows, n * C_n, C_step, left, mask_n, TOKENS)  # [BLOCK_N] each
-    next_z = next_u
+    rows, steps = (u_rows, dt_rows, B_rows, C_rows), (u_step, dt_step, B_step, C_step)
+    lanes, masks = (d * u_d, d * dt_d, n * B_n, n * C_n), (mask_d, mask_d, mask_n, mask_n)
     if HAS_Z:
-        next_z = _load(z_rows, d * z_d, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    next_y = next_u
+        rows += (z_rows,)
+        steps += (z_step,)
+        lanes += (d * z_d,)
+        masks += (mask_d,)
     if ADD:
-        next_y = _load(y_rows, d, y_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    for t in range(0, tokens, TOKENS):
+        rows += (y_rows,)
+        steps += (y_step,)
+        lanes += (d,)
+        masks += (mask_d,)
+    tokens = (last - first).to(tl.int32)
+    if STAGES == 1:
+        loaded = _load_all(rows, lanes, steps, tokens, masks, TOKENS)
+    for t in tl.range(0, tokens, TOKENS, num_stages=STAGES):
         if SAVE_STATES:  # noqa: SIM102, since one of the two is decided when compiling
             if t % CHUNK == 0:
                 tl.store(saved_tile, h, mask=mask)
                 saved_tile += state * wide_channels
         left = tokens - t
-        us, dts = _float32(next_u, TOKENS), _float32(next_dt, TOKENS)
-        Bs, Cs = _float32(next_B, TOKENS), _float32(next_C, TOKENS)
-        zs, ys = _float32(next_z, TOKENS), _float32(next_y, TOKENS)
-        u_rows += TOKENS * u_step
-        dt_rows += TOKENS * dt_step
-        B_rows += TOKENS * B_step
-        C_rows += TOKENS * C_step
-        next_u = _load(u_rows, d * u_d, u_step, left - TOKENS, mask_d, TOKENS)
-        next_dt = _load(dt_rows, d * dt_d, dt_step, left - TOKENS, mask_d, TOKENS)
-        next_B = _load(B_rows, n * B_n, B_step, left - TOKENS, mask_n, TOKENS)
-        next_C = _load(C_rows, n * C_n, C_step, left - TOKENS, mask_n, TOKENS)
+        if STAGES > 1:
+            loaded = _load_all(rows, lanes, steps, left, masks, TOKENS)
+        us, dts = _float32(loaded, TOKENS, 0), _float32(loaded, TOKENS, 1)
+        Bs, Cs = _float32(loaded, TOKENS, 2), _float32(loaded, TOKENS, 3)
         if HAS_Z:
-            z_rows += TOKENS * z_step
-            next_z = _load(z_rows, d * z_d, z_step, left - TOKENS, mask_d, TOKENS)
+            zs = _float32(loaded, TOKENS, 4)
         if ADD:
-            next_y = _load(y_rows + TOKENS * y_step, d, y_step, left - TOKENS, mask_d, TOKENS)
+            ys = _float32(loaded, TOKENS, 4 + HAS_Z)
+        rows = _further(rows, steps, TOKENS)
+        if STAGES == 1:
+            loaded = _load_all(rows, lanes, steps, left - TOKENS, masks, TOKENS)
         deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
         for i in tl.static_range(TOKENS):
             decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
@@ -290,7 +307,7 @@ def selective_scan_fwd_kernel(
             tl.store(y_rows + i * y_step + d, out, mask=mask_d & (i < left))
         y_rows += TOKENS * y_step
 
-    if HAS_END:
+    if part == segments - 1:
         _store_tile(end + (item * channels + d) * state, 1, h, n, state, mask_d)
 
 
@@ -333,14 +350,16 @@ def selective_scan_local_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """What each segment alone leaves of the state, from zero, and the sum of its step sizes.
 
-    The scan has x = u and W = B, and no z. Its adjoint (ADJOINT) has x = dy, W = C and the gate,
-    and walks the tokens from the last scanned to the first.
+    The scan has x = u and W = B, and no z; its last segment, from which no other starts, is left
+    out of `segments`. Its adjoint (ADJOINT) has x = dy, W = C and the gate, walks the tokens from
+    the last scanned to the first, and leaves out the first segment.
     """
     item, part, group, d, n, mask_d, mask_n, first, last = _program(
-        channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 2
+        channels, groups, state, length, segments, segment, BLOCK_N, BLOCK_D, 2, ADJOINT
     )
     mask = mask_n[:, None] & mask_d[None, :]  # [BLOCK_N, BLOCK_D]
     x_rows, x_step = first_token(x, item, x_b, x_l, length, REVERSE)
@@ -367,27 +386,27 @@ def selective_scan_local_kernel(
         bias = tl.load(dt_bias + d, mask=mask_d, other=0.0).to(tl.float32)
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    tokens = (last - first).to(tl.int32)
-    left = tokens
-    next_x = _load(x_rows, d * x_d, x_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    next_dt = _load(dt_rows, d * dt_d, dt_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    next_W = _load(W_rows, n * W_n, W_step, left, mask_n, TOKENS)  # [BLOCK_N] each
-    next_z = next_x
+    rows, steps = (x_rows, dt_rows, W_rows), (x_step, dt_step, W_step)
+    lanes, masks = (d * x_d, d * dt_d, n * W_n), (mask_d, mask_d, mask_n)
     if HAS_Z:
-        next_z = _load(z_rows, d * z_d, z_step, left, mask_d, TOKENS)  # [BLOCK_D] each
-    for t in range(0, tokens, TOKENS):
+        rows += (z_rows,)
+        steps += (z_step,)
+        lanes += (d * z_d,)
+        masks += (mask_d,)
+    tokens = (last - first).to(tl.int32)
+    if STAGES == 1:
+        loaded = _load_all(rows, lanes, steps, tokens, masks, TOKENS)
+    for t in tl.range(0, tokens, TOKENS, num_stages=STAGES):
         left = tokens - t
-        xs, dts = _float32(next_x, TOKENS), _float32(next_dt, TOKENS)
-        Ws, zs = _float32(next_W, TOKENS), _float32(next_z, TOKENS)
-        x_rows += TOKENS * x_step
-        dt_rows += TOKENS * dt_step
-        W_rows += TOKENS * W_step
-        next_x = _load(x_rows, d * x_d, x_step, left - TOKENS, mask_d, TOKENS)
-        next_dt = _load(dt_rows, d * dt_d, dt_step, left - TOKENS, mask_d, TOKENS)
-        next_W = _load(W_rows, n * W_n, W_step, left - TOKENS, mask_n, TOKENS)
+        if STAGES > 1:
+            loaded = _load_all(rows, lanes, steps, left, masks, TOKENS)
+        xs, dts = _float32(loaded, TOKENS, 0), _float32(loaded, TOKENS, 1)
+        Ws = _float32(loaded, TOKENS, 2)
         if HAS_Z:
-            z_rows += TOKENS * z_step
-            next_z = _load(z_rows, d * z_d, z_step, left - TOKENS, mask_d, TOKENS)
+            zs = _float32(loaded, TOKENS, 3)
+        rows = _further(rows, steps, TOKENS)
+        if STAGES == 1:
+            loaded = _load_all(rows, lanes, steps, left - TOKENS, masks, TOKENS)
         deltas = _step_sizes(dts, bias, left, DT_SOFTPLUS, TOKENS)
         for i in tl.static_range(TOKENS):
             decay = _exp2(deltas[i][None, :] * A_log2, EXACT)
@@ -399,12 +418,12 @@ def selective_scan_local_kernel(
             else:
                 h = decay * h + (deltas[i] * xs[i])[None, :] * Ws[i][:, None]
             total += deltas[i]
-    at = item * segments + part
+    at = item * segments + part - ADJOINT
     tl.store(_tile_of_states(end, at, n, d, state, channels), h, mask=mask)
     tl.store(delta_sum + at * channels + d, total, mask=mask_d)
 
 
-@triton.heuristics({**HAS_START, "HAS_FINAL": lambda args: args["final"] is not None})
+@triton.heuristics(HAS_START)
 @triton.jit(do_not_specialize=["segments"])
 def selective_scan_carry_kernel(
     A,
@@ -412,12 +431,10 @@ def selective_scan_carry_kernel(
     end,
     delta_sum,
     starts,
-    final,
     segments,
     channels,
     state,
     HAS_START: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
     ADJOINT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -425,19 +442,20 @@ def selective_scan_carry_kernel(
     item = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < channels * state
-    n, d = i // channels, i % channels
+    d = i % channels
     A_log2 = tl.load(A + i, mask=mask, other=0.0).to(tl.float32) * LOG2_E
     h = tl.zeros([BLOCK], tl.float32)
     if HAS_START:
         h = tl.load(start + item * channels * state + i, mask=mask, other=0.0).to(tl.float32)
-    for step in range(segments):
+    for step in tl.range(0, segments, num_stages=4):
         part = segments - 1 - step if ADJOINT else step
-        row = (item * segments + part) * channels
-        tl.store(starts + row * state + i, h, mask=mask)
-        total = tl.load(delta_sum + row + d, mask=mask, other=0.0)
-        h = _exp2(total * A_log2, True) * h + tl.load(end + row * state + i, mask=mask, other=0.0)
-    if HAS_FINAL:
-        tl.store(final + (item * channels + d) * state + n, h, mask=mask)
+        tl.store(starts + (item * segments + part) * channels * state + i, h, mask=mask)
+        # Of the first segment, or the last, no end is needed, nor is there one.
+        row = (item * (segments - 1) + part - ADJOINT) * channels
+        there = mask & (step < segments - 1)
+        total = tl.load(delta_sum + row + d, mask=there, other=0.0)
+        own = tl.load(end + row * state + i, mask=there, other=0.0)
+        h = _exp2(total * A_log2, True) * h + own
 
 
 @triton.heuristics(
@@ -728,22 +746,26 @@ def _scan_into(
     # States are saved where the chunks begin.
     multiple = CHUNK if save_states else 8
     programs = _grid(u, groups, 1, blocks)[0]
-    segment, segments = _segments(u, programs, blocks, warps=12, multiple=multiple)
-    if segments == 1:
-        blocks = _forward_blocks(u, state, groups)
+    # Where states are saved, registers are short.
+    limits = {} if save_states else _register_limits(u, blocks)
+    segment, segments = _segments(u, programs, blocks, 16 if limits else 12, multiple)
     final_state = torch.empty(batch, channels, state, dtype=torch.float32, device=u.device)
-    start, end = _transposed(initial_state), final_state
+    start = _transposed(initial_state)
+    if segments == 1:
+        blocks = _forward_blocks(u, state, groups) | {"STAGES": 1}
+    else:
+        pipelined = _pipelined(blocks) and not (save_states and state <= 16)
+        blocks |= {"STAGES": 4 if pipelined else 1} | limits
     with launching_on(u):
         if segments > 1:
+            given = B
+            B, C = _float32_pair(B, C)  # once, rather than in every program
+            W = B if _pipelined(blocks) else given
             start = _starts(
-                *(u, dt, A, B, None, dt_bias, start, final_state, segment, blocks),
-                *(dt_softplus, reverse, _exact(u)),
-                adjoint=False,
+                *(u, dt, A, W, None, dt_bias, start, segment, dt_softplus, reverse), adjoint=False
             )
-            end = None
-            B, C = B.float(), C.float()  # once, rather than in every program
         selective_scan_fwd_kernel[_grid(u, groups, segments, blocks)](
-            *(u, dt, A, B, C, D, z, dt_bias, start, y, end, saved),
+            *(u, dt, A, B, C, D, z, dt_bias, start, y, final_state, saved),
             *(length, segment, segments, channels, groups, state),
             *(*u.stride(), *dt.stride(), *B.stride(), *C.stride(), *_strides(z), scale),
             ADD=add,
@@ -757,31 +779,39 @@ def _scan_into(
     return final_state, saved
 
 
-def _starts(
-    x, dt, A, W, z, dt_bias, start, final, segment, blocks, dt_softplus, reverse, exact, adjoint
-):
+def _starts(x, dt, A, W, z, dt_bias, start, segment, dt_softplus, reverse, adjoint):
     """Return the states from which the segments start: (B, segments, N, D)."""
     batch, length, channels = x.shape
     state, groups = A.shape[0], W.shape[2]
     segments = triton.cdiv(length, segment)
-    end = torch.empty(batch, segments, state, channels, dtype=torch.float32, device=x.device)
-    starts = torch.empty_like(end)
-    delta_sum = torch.empty(batch, segments, channels, dtype=torch.float32, device=x.device)
-    selective_scan_local_kernel[_grid(x, groups, segments, blocks)](
+    blocks = _scan_blocks(state, channels // groups)
+    if _pipelined(blocks):
+        blocks |= {"TOKENS": 2, "STAGES": 3} | _register_limits(x, blocks)
+    else:
+        blocks |= {"STAGES": 1}
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    starts = empty(batch, segments, state, channels)
+    end = empty(batch, segments - 1, state, channels)
+    delta_sum = empty(batch, segments - 1, channels)
+    selective_scan_local_kernel[_grid(x, groups, segments - 1, blocks)](
         *(x, dt, A, W, z, dt_bias, end, delta_sum),
-        *(length, segment, segments, channels, groups, state),
+        *(length, segment, segments - 1, channels, groups, state),
         *(*x.stride(), *dt.stride(), *W.stride(), *_strides(z)),
         DT_SOFTPLUS=dt_softplus,
         REVERSE=reverse,
-        EXACT=exact,
+        EXACT=_exact(x),
         ADJOINT=adjoint,
         **blocks,
     )
-    block = 128
+    block = 64
     selective_scan_carry_kernel[(batch, triton.cdiv(channels * state, block))](
-        *(A, start, end, delta_sum, starts, final, segments, channels, state),
+        *(A, start, end, delta_sum, starts, segments, channels, state),
         ADJOINT=adjoint,
         BLOCK=block,
+        num_warps=2,
     )
     return starts
 
@@ -815,10 +845,9 @@ def backward(
     start = _transposed(dfinal_state)
     with launching_on(u):
         if segments > 1:
+            W = C_.float() if _pipelined(_scan_blocks(state, channels // groups)) else C_
             start = _starts(
-                *(dy, dt, A, C_, z, dt_bias, start, None, segment),
-                *(_scan_blocks(state, channels // groups), dt_softplus, reverse, _exact(u)),
-                adjoint=True,
+                *(dy, dt, A, W, z, dt_bias, start, segment, dt_softplus, reverse), adjoint=True
             )
         selective_scan_bwd_kernel[grid](
             *(dy, start, u, dt, A, B_, C_, D, z, dt_bias, saved, scratch),
@@ -893,8 +922,25 @@ def _segments(
     if length < 1024 or segments < 3:
         return triton.cdiv(length, CHUNK) * CHUNK, 1
     segment = triton.cdiv(triton.cdiv(length, segments), multiple) * multiple
-    segment = max(2 * CHUNK, segment)
+    segment = max(CHUNK, segment)
     return segment, triton.cdiv(length, segment)
+
+
+def _pipelined(blocks: dict[str, int]) -> bool:
+    """Whether a scan in segments asks for its rows through shared memory, in float32.
+
+    That takes fewer registers, and pays where a row of B or C is long.
+    """
+    return blocks["BLOCK_N"] * blocks["BLOCK_D"] >= 1024
+
+
+def _register_limits(u, blocks: dict[str, int]) -> dict[str, int]:
+    """Options for so few registers that a multiprocessor holds 16 warps of a pipelined scan.
+
+    None where the compiler would have to spill, or does not know the option.
+    """
+    limited = _pipelined(blocks) and not _exact(u) and torch.version.hip is None
+    return {"maxnreg": 128} if limited else {}
 
 
 def _exact(u) -> bool:
@@ -913,6 +959,20 @@ def _grid(u, groups: int, segments: int, blocks: dict[str, int]) -> tuple[int]:
 def _grouped(x):
     """(B, L, N) or (B, L, G, N) -> (B, L, G, N)."""
     return x.unsqueeze(2) if x.dim() == 3 else x
+
+
+def _float32_pair(B, C):
+    """B and C in float32, by one kernel if they lie side by side, as projections leave them."""
+    states = B.shape[3]
+    side_by_side = (
+        B.untyped_storage().data_ptr() == C.untyped_storage().data_ptr()
+        and C.storage_offset() == B.storage_offset() + states
+        and B.stride() == C.stride()
+        and B.stride(3) == 1
+    )
+    if not side_by_side:
+        return B.float(), C.float()
+    return B.as_strided((*B.shape[:3], 2 * states), B.stride()).float().split(states, -1)
 
 
 def _contiguous(x):
