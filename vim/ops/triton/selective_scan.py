@@ -758,12 +758,14 @@ def _scan_into(
         blocks |= {"STAGES": 4 if pipelined else 1} | limits
     with launching_on(u):
         if segments > 1:
-            given = B
-            B, C = _float32_pair(B, C)  # once, rather than in every program
-            W = B if _pipelined(blocks) else given
+            # B and C in float32 once, rather than in every program; where their rows are short, the
+            # first pass is the faster as they are.
+            if _pipelined(blocks):
+                B, C = _float32_pair(B, C)
             start = _starts(
-                *(u, dt, A, W, None, dt_bias, start, segment, dt_softplus, reverse), adjoint=False
+                *(u, dt, A, B, None, dt_bias, start, segment, dt_softplus, reverse), adjoint=False
             )
+            B, C = B.float(), C.float()
         selective_scan_fwd_kernel[_grid(u, groups, segments, blocks)](
             *(u, dt, A, B, C, D, z, dt_bias, start, y, final_state, saved),
             *(length, segment, segments, channels, groups, state),
