@@ -388,13 +388,25 @@ def assert_same_bits(first, second):
         assert torch.equal(value, second[name]), name
 
 
+def assert_same_for_any_threads(first, second):
+    """The kernels' results bit for bit; the mixer's gradients come of products of PyTorch's, too,
+    whose rounding depends on the number of threads on some processors."""
+    products = {name for name in first if name.startswith("mixer") and name != "mixer y"}
+    assert_same_bits(
+        *({name: x for name, x in r.items() if name not in products} for r in (first, second))
+    )
+    for name in products:
+        largest = float(first[name].abs().max())
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=2e-6 * largest)
+
+
 def test_results_do_not_depend_on_threads(isa):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(outputs_of_every_op())
-    assert_same_bits(results[0], results[1])
-    assert_same_bits(results[0], results[2])
+    assert_same_for_any_threads(results[0], results[1])
+    assert_same_for_any_threads(results[0], results[2])
 
 
 @pytest.fixture
@@ -409,7 +421,7 @@ def test_own_threads(own_threads):
     torch.set_num_threads(3)
     results = outputs_of_every_op()
     torch.set_num_threads(1)
-    assert_same_bits(results, outputs_of_every_op())
+    assert_same_for_any_threads(results, outputs_of_every_op())
 
 
 @pytest.mark.parametrize("threads", ["openmp", "own"])

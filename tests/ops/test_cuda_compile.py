@@ -6,6 +6,8 @@ NVRTC needs no GPU, so this runs anywhere that has it.
 import logging
 import multiprocessing
 import re
+import subprocess
+import sys
 import time
 import warnings
 from importlib import import_module
@@ -48,6 +50,37 @@ def test_kernels_compile_and_keep_to_registers(op, arch):
         if any(int(count) for pair in used for count in pair):
             complaints.append(f"{name}: {used}")
     assert not complaints, "\n".join(complaints)
+
+
+@needs_nvrtc
+def test_first_used_by_several_threads():
+    """As by DataParallel: cuda.core is not whole for others while one of them imports it."""
+    program = """
+import importlib.abc, sys, threading, time
+from vim.ops.cuda import _compile
+
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith("cuda.core"):
+            time.sleep(0.02)
+
+def look():
+    found.append(_compile.compiler_unavailable("sm_90a"))
+
+sys.meta_path.insert(0, Slow())
+found, threads = [], []
+for _ in range(40):  # some of them while the first is still importing
+    threads.append(threading.Thread(target=look))
+    threads[-1].start()
+    time.sleep(0.02)
+for thread in threads:
+    thread.join()
+assert found == [None] * 40, found
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 TOY = """

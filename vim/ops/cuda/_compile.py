@@ -44,6 +44,7 @@ _OPTIONS = {"std": "c++17"}
 _log = logging.getLogger("vim")
 _kernels: dict[tuple[str, str, int], "Kernel"] = {}
 _compiling = threading.Lock()
+_importing = threading.Lock()
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -69,7 +70,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def compiler_unavailable(arch: str) -> str | None:
     """Return None where kernels can be compiled for `arch` here, else what is missing."""
     try:
-        import cuda.core
+        with _importing:  # while one thread imports cuda.core, others get it half finished
+            import cuda.core
         from cuda.bindings import nvrtc
     except ImportError as error:
         return f"cuda.core cannot be imported ({error}); run: pip install cuda-core cuda-bindings"
